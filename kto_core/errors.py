@@ -1,0 +1,68 @@
+"""The exceptions a user may meet. Every message is one or two sentences: what happened, and what to do.
+
+    KTOError
+     ├─ DataError        a file, a row or a data set cannot be used
+     ├─ ConfigError      one or more fields of a RunConfig are wrong (`problems` has them all)
+     ├─ ModelError       a model cannot be found, read or trained
+     ├─ HardwareError    no GPU, not enough memory
+     ├─ BusyError        the GPU, or a run, is in use by somebody else
+     ├─ RunError         a run folder cannot be created, found, stopped or resumed
+     ├─ DiskError        not enough free space, or a folder that cannot be written
+     ├─ ExportError      merge, GGUF or check failed
+     ├─ HubError         the Hub refused, or cannot be reached
+     └─ Cancelled        the user stopped a long job (not a failure)
+"""
+
+from __future__ import annotations
+
+
+class KTOError(Exception):
+    """Base of all errors whose text is meant for the user."""
+
+
+class DataError(KTOError):
+    pass
+
+
+class ConfigError(KTOError):
+    """All problems of a configuration at once.
+
+    Args:
+        problems: one sentence each, naming the field and its valid range.
+    """
+
+    def __init__(self, problems: list[str] | str):
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class ModelError(KTOError):
+    pass
+
+
+class HardwareError(KTOError):
+    pass
+
+
+class BusyError(KTOError):
+    pass
+
+
+class RunError(KTOError):
+    pass
+
+
+class DiskError(KTOError):
+    pass
+
+
+class ExportError(KTOError):
+    pass
+
+
+class HubError(KTOError):
+    pass
+
+
+class Cancelled(KTOError):
+    pass
