@@ -1,0 +1,36 @@
+"""Shared by all tests: a runs folder of their own, no telemetry, and the demo model made once."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def runs_dir(tmp_path, monkeypatch):
+    """Every test has its own runs folder."""
+    folder = tmp_path / "runs"
+    monkeypatch.setenv("KTO_STUDIO_RUNS", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """Folder of the converted SmolLM2-135M-Instruct; the first call on a machine takes about half a minute."""
+    from kto_core.model import demo_model_dir
+
+    return demo_model_dir()
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The development data sets that lie beside the checkout."""
+    assert SHARED.is_dir(), f"the development data is missing: {SHARED.name} is expected beside the checkout"
+    return SHARED
