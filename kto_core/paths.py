@@ -18,3 +18,8 @@ def runs_dir() -> Path:
 def cache_dir() -> Path:
     """``$KTO_STUDIO_CACHE``, else ``~/.cache/kto-studio``: demo model, GGUF converter, reference log-probs."""
     return Path(os.environ.get("KTO_STUDIO_CACHE") or "~/.cache/kto-studio").expanduser().resolve()
+
+
+def data_dir() -> Path:
+    """``$KTO_STUDIO_DATA``, else ``data`` beside the runs folder: uploaded files and feedback from the chat."""
+    return Path(os.environ.get("KTO_STUDIO_DATA") or runs_dir().parent / "data").expanduser().resolve()
