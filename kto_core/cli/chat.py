@@ -1,0 +1,165 @@
+"""``chat``: talk to a run or a model in the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from kto_core.errors import KTOError
+
+from . import output
+
+HELP = "Commands: clear (forget the conversation), system TEXT (set the system prompt), base / tuned (switch), exit."
+
+
+def add(commands: argparse._SubParsersAction, argv: list[str]) -> None:
+    chat = commands.add_parser(
+        "chat",
+        help="talk to a run or a model",
+        description="Talk to a run or a model. Ctrl-C stops an answer. " + HELP,
+    )
+    chat.add_argument(
+        "model", metavar="RUN_OR_MODEL", help="id or folder of a run, Hub id or folder of a model, or 'demo'"
+    )
+    chat.add_argument("--base", action="store_true", help="answer with the original model: the adapter is off")
+    chat.add_argument("--checkpoint", metavar="STEP", help="the adapter of this checkpoint instead of the run's last")
+    chat.add_argument("--prompt", metavar="T", help="print the answer to T and end")
+    chat.add_argument("--system", metavar="TEXT", default="", help="system prompt")
+    chat.add_argument(
+        "--temperature",
+        type=float,
+        default=0.7,
+        metavar="X",
+        help="0: always the likeliest token (default: %(default)s)",
+    )
+    chat.add_argument(
+        "--top-p",
+        type=float,
+        default=0.9,
+        metavar="X",
+        help="draw from the likeliest tokens that make up this share (default: %(default)s)",
+    )
+    chat.add_argument(
+        "--top-k",
+        type=int,
+        default=50,
+        metavar="N",
+        help="draw from the N likeliest tokens; 0: all (default: %(default)s)",
+    )
+    chat.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: repeat less (default: %(default)s)"
+    )
+    chat.add_argument(
+        "--max-new-tokens", type=int, default=512, metavar="N", help="longest answer (default: %(default)s)"
+    )
+    chat.add_argument("--seed", type=int, metavar="N", help="same seed, same answer")
+    output.add_json(chat)
+    chat.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.json and args.prompt is None:
+        output.say("--json needs --prompt.")
+        return output.USAGE
+    chat = load(args)
+    messages = [{"role": "system", "content": args.system}] if args.system else []
+    try:
+        if args.prompt is not None:
+            messages.append({"role": "user", "content": args.prompt})
+            answer = _answer(chat, messages, args, shown=not args.json)
+            if args.json:
+                output.emit(
+                    {
+                        "model": args.model,
+                        "tuned": chat.has_adapter and not args.base,
+                        "answer": answer,
+                        "stats": _stats(chat),
+                    }
+                )
+            return output.OK
+        return converse(chat, messages, args)
+    finally:
+        chat.unload()
+
+
+def load(args: argparse.Namespace):
+    """The loaded Chat. A name that is no run is taken as a model."""
+    from kto_core.chat import Chat
+
+    from .follow import Interrupts
+
+    with Interrupts() as interrupts, output.Bar() as bar:
+        return Chat.load(args.model, checkpoint=args.checkpoint, progress=bar, cancel=interrupts.cancel)
+
+
+def _answer(chat, messages: list[dict], args: argparse.Namespace, *, shown: bool = True) -> str:
+    """Stream one answer to stdout and return it; Ctrl-C ends the answer only."""
+    from .follow import Interrupts
+
+    parts = []
+    with Interrupts() as interrupts:
+        for part in chat.stream(
+            messages,
+            tuned=not args.base,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            top_k=args.top_k,
+            repetition_penalty=args.repetition_penalty,
+            max_new_tokens=args.max_new_tokens,
+            seed=args.seed,
+            cancel=interrupts.cancel,
+        ):
+            parts.append(part)
+            if shown:
+                output.show(part, end="")
+    if shown:
+        output.show("")
+    return "".join(parts)
+
+
+def _stats(chat) -> dict:
+    stats = chat.stats
+    return stats if isinstance(stats, dict) else vars(stats) if stats else {}
+
+
+def converse(chat, messages: list[dict], args: argparse.Namespace) -> int:
+    """The conversation: reads lines until exit, quit or the end of input."""
+    terminal = sys.stdin.isatty()
+    if terminal:
+        output.say(HELP)
+    while True:
+        if terminal:
+            print(
+                f"\n{'base' if args.base or not chat.has_adapter else 'tuned'}> ", end="", file=sys.stderr, flush=True
+            )
+        line = sys.stdin.readline()
+        if not line:
+            return output.OK
+        word, _, rest = (text := line.strip()).partition(" ")
+        if not text:
+            continue
+        if text in ("exit", "quit", "/exit", "/quit"):
+            return output.OK
+        if text in ("clear", "/clear"):
+            messages = [m for m in messages if m["role"] == "system"]
+            output.say("The conversation starts anew.")
+        elif word in ("system", "/system"):
+            messages = [m for m in messages if m["role"] != "system"]
+            messages = ([{"role": "system", "content": rest}] if rest else []) + messages
+            output.say(f"System prompt: {rest}" if rest else "No system prompt.")
+        elif text in ("base", "tuned", "/base", "/tuned"):
+            args.base = text.endswith("base")
+            output.say(
+                "This model has no adapter: base and tuned are the same."
+                if not chat.has_adapter
+                else f"{text.strip('/')} answers."
+            )
+        elif text in ("help", "/help", "?"):
+            output.say(HELP)
+        else:
+            try:
+                answer = _answer(chat, [*messages, {"role": "user", "content": text}], args)
+            except KTOError as e:  # one answer failed, the conversation goes on
+                output.say(str(e))
+                continue
+            messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]

@@ -1,0 +1,96 @@
+"""``evaluate``, ``demo`` and ``doctor``: does it work, and is it better?"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+
+from . import output
+
+
+def add(commands: argparse._SubParsersAction, argv: list[str]) -> None:
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="compare a run with its base on held-out data",
+        description="Reward AUC, margins and KL of a run on held-out rows, and answers before and after.",
+    )
+    evaluate.add_argument("name", metavar="RUN", help="id of a run ('runs list'), or its folder")
+    evaluate.add_argument(
+        "--data", required=True, metavar="F", help="held-out rows: a file, or the Hub id of a data set"
+    )
+    output.add_json(evaluate)
+    evaluate.set_defaults(run=run_evaluate)
+
+    demo = commands.add_parser(
+        "demo",
+        help="train the example and show before and after",
+        description="Train the embedded small model on the example data, on any computer, and show what it learned.",
+    )
+    demo.add_argument("--seed", type=int, default=3407, metavar="N", help="seed (default: %(default)s)")
+    output.add_json(demo)
+    demo.set_defaults(run=run_demo)
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="check this installation",
+        description="Check Python, packages, GPU, disk and Hub access; each problem with its remedy.",
+    )
+    output.add_json(doctor)
+    doctor.set_defaults(run=run_doctor)
+
+
+def run_evaluate(args: argparse.Namespace) -> int:
+    from kto_core import evaluate, run
+
+    from .follow import Interrupts
+
+    found = run.find(args.name)
+    with Interrupts() as interrupts, output.Bar() as bar:
+        result = evaluate.evaluate(found, args.data, progress=bar, cancel=interrupts.cancel)
+    output.emit(result) if args.json else output.show(_lines(result))
+    return output.OK
+
+
+def _lines(result: dict, indent: str = "") -> str:
+    """A nested dict as indented lines; numbers to five places."""
+    lines = []
+    for key, value in result.items():
+        if isinstance(value, dict):
+            lines += [f"{indent}{key}", _lines(value, indent + "  ")]
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            lines += [f"{indent}{key}", *("\n".join((_lines(v, indent + "  "), "")) for v in value)]
+        else:
+            lines.append(f"{indent}{key}: {value:.5g}" if isinstance(value, float) else f"{indent}{key}: {value}")
+    return "\n".join(lines)
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    from kto_core import demo
+
+    from .follow import Interrupts
+
+    with Interrupts() as interrupts, output.Bar() as bar:
+        result = demo.run_demo(seed=args.seed, progress=bar, cancel=interrupts.cancel)
+    output.emit(result) if args.json else output.show(_lines(result))
+    return output.OK
+
+
+def run_doctor(args: argparse.Namespace) -> int:
+    from kto_core import doctor
+
+    checks = doctor.doctor()
+    ok = all(c.ok is not False for c in checks)
+    if args.json:
+        output.emit({"ok": ok, "checks": [dataclasses.asdict(c) for c in checks]})
+    else:
+        output.show("\n".join(_check_line(c) for c in checks))
+    if not ok:
+        output.say("Problems: " + ", ".join(c.name for c in checks if c.ok is False))
+    return output.OK if ok else output.FAILED
+
+
+def _check_line(check) -> str:
+    mark = {True: "ok  ", False: "FAIL", None: "note"}[check.ok]
+    return f"{mark}  {check.name}: {check.value}" + (
+        f"\n      → {check.remedy}" if check.remedy and check.ok is not True else ""
+    )

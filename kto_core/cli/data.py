@@ -1,0 +1,113 @@
+"""``data check`` and ``data convert``."""
+
+from __future__ import annotations
+
+import argparse
+
+from . import output
+
+
+def add(commands: argparse._SubParsersAction, argv: list[str]) -> None:
+    data = commands.add_parser(
+        "data", help="look at a data set, or convert it", description="Look at a data set, or convert it."
+    )
+    actions = data.add_subparsers(metavar="ACTION", required=True)
+
+    check = actions.add_parser(
+        "check",
+        help="count rows, labels, duplicates and problems",
+        description="Read a data set and report what is in it. Exit code 0 if it can be trained on, 1 if not.",
+    )
+    check.add_argument("file", metavar="FILE", help="JSONL, JSON, CSV or Parquet file, or the Hub id of a data set")
+    check.add_argument("--split", default="train", help="split of a Hub data set (default: %(default)s)")
+    check.add_argument("--model", metavar="M", help="count lengths in this model's tokens (Hub id, folder or 'demo')")
+    check.add_argument("--max-length", type=int, metavar="N", help="say which rows would be cut or dropped at N tokens")
+    output.add_json(check)
+    check.set_defaults(run=run_check)
+
+    convert = actions.add_parser(
+        "convert", help="save as TRL or ChatML rows", description="Save a data set in another form."
+    )
+    convert.add_argument("file", metavar="FILE", help="JSONL, JSON, CSV or Parquet file, or the Hub id of a data set")
+    convert.add_argument("--split", default="train", help="split of a Hub data set (default: %(default)s)")
+    convert.add_argument(
+        "--to",
+        choices=("trl", "chatml"),
+        required=True,
+        help="trl: prompt, completion, label; chatml: conversations, label",
+    )
+    convert.add_argument("--out", required=True, metavar="OUT", help="file to write (JSONL)")
+    convert.set_defaults(run=run_convert)
+
+
+def run_check(args: argparse.Namespace) -> int:
+    from kto_core import dataset
+
+    with output.Bar() as bar:
+        loaded = dataset.load(args.file, args.split, progress=bar)
+        tokenizer = None
+        if args.model:
+            from kto_core.model import load_tokenizer
+
+            bar(None, "Reading the model's tokenizer…")
+            tokenizer = load_tokenizer(args.model)
+        report = dataset.check(loaded, tokenizer, args.max_length)
+    found = report.to_dict()
+    output.emit(found) if args.json else output.show(describe(found, loaded.source))
+    if problem := untrainable(found):
+        output.say(problem)
+        return output.FAILED
+    return output.OK
+
+
+def untrainable(report: dict) -> str:
+    """Why this data cannot be trained on, in a sentence; "" if it can. KTO needs both labels and two rows."""
+    if not report["kept"]:
+        return "No row can be used. The reasons are under 'dropped'; the accepted forms are in README, 'Data formats'."
+    if not report["desirable"] or not report["undesirable"]:
+        if report["desirable"]:
+            return "All rows are desirable: KTO learns from the difference. Add undesirable rows (label false)."
+        return "All rows are undesirable: KTO learns from the difference. Add desirable rows (label true)."
+    return ""
+
+
+def describe(report: dict, source: str) -> str:
+    """The report as text for a terminal."""
+    good, bad = report["desirable"], report["undesirable"]
+    lines = [
+        f"{source}: {report['format']}",
+        f"rows         {report['rows']:,}, kept {report['kept']:,}",
+        f"labels       {good:,} desirable, {bad:,} undesirable"
+        + (f" ({100 * good / (good + bad):.0f} % desirable)" if good + bad else ""),
+        f"duplicates   {report['duplicates']:,}; with both labels: {report['conflicts']:,}",
+    ]
+    dropped, changed = report.get("dropped") or {}, report.get("changed") or {}
+    lines += [f"dropped      {count:,}: {reason}" for reason, count in dropped.items()]
+    lines += (
+        [f"changed      {count:,}: {reason}" for reason, count in changed.items()] if isinstance(changed, dict) else []
+    )
+    if lengths := report.get("lengths"):
+        lines.append(
+            "lengths      " + ", ".join(f"{k} {v:,}" for k, v in lengths.items() if isinstance(v, int | float))
+        )
+    if report.get("truncated") is not None:
+        lines.append(f"cut          {report['truncated']:,} prompts cut, {report['too_long']:,} rows too long")
+    if (weights := report.get("weights")) and good and bad:
+        lines.append(
+            "weights      desirable {:.2f} to {:.2f} (undesirable 1), or undesirable {:.2f} to {:.2f}".format(
+                *weights["desirable"], *weights["undesirable"]
+            )
+        )
+    return "\n".join(lines)
+
+
+def run_convert(args: argparse.Namespace) -> int:
+    from kto_core import dataset
+
+    with output.Bar() as bar:
+        loaded = dataset.load(args.file, args.split, progress=bar)
+        dataset.save(loaded.rows, args.out, args.to, progress=bar)
+    output.say(f"{len(loaded.rows):,} rows written to {args.out}.")
+    if lost := loaded.report.to_dict()["dropped"]:
+        output.say("Left out: " + "; ".join(f"{count:,} {reason}" for reason, count in lost.items()) + ".")
+    return output.OK

@@ -1,0 +1,178 @@
+"""Follow a run from the terminal: its events as lines, Ctrl-C as stop. Reads the run's folder only."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+
+from kto_core.errors import RunError
+
+from . import output
+
+POLL = 0.2  # seconds between two looks at the events
+SHOWN = (
+    ("loss", "loss {:.4f}"),
+    ("rewards/margins", "margin {:+.4f}"),
+    ("kl", "kl {:.3f}"),
+    ("eval_loss", "eval loss {:.4f}"),
+)
+
+
+class Interrupts:
+    """Counts Ctrl-C (and SIGTERM) instead of raising, so that the caller can end in good order."""
+
+    def __init__(self):
+        self.count = 0
+        self.cancel = threading.Event()  # set by the first one
+
+    def _hit(self, *_) -> None:
+        self.count += 1
+        self.cancel.set()
+        if self.count > 2:  # whoever holds the main thread does not look at us
+            os._exit(output.INTERRUPTED)
+
+    def __enter__(self) -> Interrupts:
+        self._before = {}
+        if threading.current_thread() is threading.main_thread():  # only it may set handlers
+            self._before = {s: signal.signal(s, self._hit) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def follow(run, interrupts: Interrupts) -> int:
+    """Show a run's progress until it ends.
+
+    The first Ctrl-C asks the run to stop after the step and save. The second does not wait for that: a run in this
+    process ends at once (and goes on from its last checkpoint), one in its own process stops by itself a little later.
+
+    Returns:
+        0 finished (or stopped by somebody else, and saved), 1 failed or interrupted, 130 stopped with Ctrl-C.
+    """
+    screen, asked, started = _Screen(), False, time.time()
+    while True:
+        state = run.state()
+        screen.update(state)
+        if state.terminal:
+            break
+        if interrupts.count and not asked:
+            asked = True
+            run.stop()
+            screen.line("Stopping after this step and saving. Ctrl-C again does not wait.")
+        if interrupts.count > 1:
+            screen.close()
+            output.say(f"Not waiting. Later: python -m kto_core runs resume {run.id}")
+            _leave()
+        if not run.alive() and time.time() - started > 5:
+            state = run.state()  # its last words may have come between the two looks
+            screen.update(state)
+            break
+        time.sleep(POLL)
+    screen.close()
+    return _verdict(run, state, asked)
+
+
+def _leave() -> None:
+    """End this process now, a training thread inside it included."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(output.INTERRUPTED)
+
+
+def _verdict(run, state, asked: bool) -> int:
+    if state.state == "finished":
+        output.say(f"Finished after {state.step} steps. Talk to it: python -m kto_core chat {run.id}")
+        return output.OK
+    if state.state == "stopped":
+        output.say(f"Stopped after step {state.step}, saved. Go on: python -m kto_core runs resume {run.id}")
+        return output.INTERRUPTED if asked else output.OK
+    if state.state == "failed":
+        output.say(f"Failed: {state.error or state.message or 'see ' + str(run.path / 'events.jsonl')}")
+        return output.FAILED
+    output.say(f"Interrupted after step {state.step}. Go on: python -m kto_core runs resume {run.id}")
+    return output.INTERRUPTED if asked else output.FAILED
+
+
+class _Screen:
+    """A bar with step, loss and time left on a terminal; elsewhere one line a metric."""
+
+    def __init__(self):
+        self.bar, self.metrics, self.logs, self.status = None, 0, 0, ""
+
+    def line(self, text: str) -> None:
+        if self.bar is None:
+            output.say(text)
+        else:
+            self.bar.write(text, file=sys.stderr)
+
+    def update(self, state) -> None:
+        if len(state.logs) < self.logs or len(state.metrics) < self.metrics:  # resumed: events were taken back
+            self.logs, self.metrics = min(self.logs, len(state.logs)), min(self.metrics, len(state.metrics))
+        for entry in state.logs[self.logs :]:
+            if entry["level"] != "error":  # the verdict says it
+                self.line(entry["text"])
+        self.logs = len(state.logs)
+        if state.message and state.message != self.status and not state.terminal:
+            self.status = state.message
+            self.line(state.message)
+        new, self.metrics = state.metrics[self.metrics :], len(state.metrics)
+        if sys.stderr.isatty() and state.total_steps:
+            self._draw(state)
+            return
+        for metric in new:
+            self.line(progress_line(metric, state.total_steps))
+
+    def _draw(self, state) -> None:
+        from tqdm import tqdm
+
+        if self.bar is None:
+            self.bar = tqdm(
+                total=state.total_steps,
+                file=sys.stderr,
+                dynamic_ncols=True,
+                bar_format="{n_fmt}/{total_fmt} |{bar}| {postfix}",
+            )
+        self.bar.total, self.bar.n = state.total_steps, state.step
+        self.bar.set_postfix_str(
+            _values({name: state.latest(name) for name, _ in SHOWN} | {"eta": state.eta}), refresh=False
+        )
+        self.bar.refresh()
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+def progress_line(metric: dict, total: int) -> str:
+    """One metric event as a line: step, loss, margin, KL, time left."""
+    return f"step {metric.get('step', 0)}/{total or '?'}  {_values(metric)}".rstrip()
+
+
+def _values(metric: dict) -> str:
+    parts = [form.format(metric[name]) for name, form in SHOWN if isinstance(metric.get(name), int | float)]
+    if metric.get("eta"):
+        parts.append(f"eta {output.duration(metric['eta'])}")
+    return "  ".join(parts)
+
+
+def wait_stopped(run, timeout: float) -> None:
+    """Wait until a run that was asked to stop has ended.
+
+    Raises:
+        RunError: it has not within ``timeout`` seconds.
+    """
+    end = time.monotonic() + timeout
+    while run.alive() and not run.state().terminal:
+        if time.monotonic() > end:
+            raise RunError(
+                f"{run.id} was asked to stop and is still in its step. Look again: python -m kto_core runs show {run.id}"
+            )
+        time.sleep(POLL)

@@ -1,0 +1,177 @@
+"""``train``: start a run (or go on with one) and follow it; ``--dry-run`` says what would happen."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from kto_core.errors import RunError
+
+from . import output
+
+SIZES = ("demo", "3b", "7b", "13b", "20b")
+SHORT = {  # flag -> field, where the flag's name is shorter than the field's
+    "--batch-size": "per_device_train_batch_size",
+    "--gradient-accumulation": "gradient_accumulation_steps",
+    "--num-epochs": "num_train_epochs",
+    "--max-seq-length": "max_length",
+}
+OWN = {"preset", "data", "report_to", "wandb_project"}  # fields with flags of their own below
+
+CTRL_C = """\
+Ctrl-C ends the run after its step and saves it; a second Ctrl-C does not wait for that: with --worker thread the
+run ends at once and can be resumed from its last checkpoint, with --worker process it stops by itself a little later.
+The run of an output folder that has checkpoints goes on from the last one."""
+
+
+def add(commands: argparse._SubParsersAction, argv: list[str]) -> None:
+    train = commands.add_parser(
+        "train",
+        help="train with KTO",
+        description="Train with KTO: a preset, a data set, and what you want to change.",
+        epilog=CTRL_C,
+    )
+    train.set_defaults(run=run)
+    size = train.add_mutually_exclusive_group()
+    size.add_argument(
+        "--preset",
+        metavar="P",
+        help="settings to start from: demo, 3b, 7b, 13b, 20b, or a YAML file (default: 7b with a GPU, else demo)",
+    )
+    size.add_argument("--model-size", choices=SIZES, help="the same as --preset")
+    data = train.add_mutually_exclusive_group()
+    data.add_argument("--data", metavar="FILE", help="JSONL, JSON, CSV or Parquet file, or the Hub id of a data set")
+    data.add_argument("--local-file", metavar="F", help="a file, as with --data")
+    data.add_argument("--dataset-name", metavar="HUB", help="Hub id of a data set, as with --data")
+    train.add_argument("--wandb", action="store_true", help="log to Weights & Biases")
+    train.add_argument("--wandb-project", metavar="P", help="project at Weights & Biases (with --wandb)")
+    again = train.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="go on from the last checkpoint; fail if there is none")
+    again.add_argument("--no-resume", action="store_true", help="start anew although the output folder has checkpoints")
+    train.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="load no weights; say what would be trained, the steps, and whether it fits",
+    )
+    output.add_json(train)
+    if next((a for a in argv if not a.startswith("-")), None) == "train":
+        _add_fields(train)
+
+
+def _add_fields(train: argparse.ArgumentParser) -> None:
+    """A flag for every field of RunConfig; help and type come from the field."""
+    from kto_core import config
+
+    short = {field: flag for flag, field in SHORT.items()}
+    group = train.add_argument_group("settings", "Each overrides the preset's value.")
+    for field in config.cli_fields():
+        if field.name in OWN:
+            continue
+        flags = [short[field.name]] if field.name in short else []
+        flags.append("--" + field.name.replace("_", "-"))
+        group.add_argument(
+            *flags,
+            dest=field.name,
+            default=None,
+            metavar=field.metavar,
+            type=str,
+            help=(field.help or "").replace("%", "%%"),
+        )
+
+
+def overrides(args: argparse.Namespace) -> dict:
+    """The fields that were given on the command line."""
+    from kto_core import config
+
+    given = {f.name: getattr(args, f.name, None) for f in config.cli_fields() if f.name not in OWN}
+    given["data"] = args.data or args.local_file or args.dataset_name
+    given["report_to"] = "wandb" if args.wandb else None
+    given["wandb_project"] = args.wandb_project
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def run(args: argparse.Namespace) -> int:
+    from kto_core import config
+
+    if args.local_file and not Path(args.local_file).is_file():
+        output.say(f"--local-file: there is no file {args.local_file}.")
+        return output.USAGE
+    resolved = config.resolve(args.preset or args.model_size, overrides(args))
+    if args.dry_run:
+        return dry_run(resolved, args)
+    return start(resolved, args)
+
+
+def dry_run(resolved, args: argparse.Namespace) -> int:
+    from kto_core.train import dry_run
+
+    from .data import untrainable
+
+    found = dry_run(resolved.config)
+    output.emit(found) if args.json else output.show(describe(found, resolved.origins))
+    if problem := untrainable(found["data"]):
+        output.say(problem)
+        return output.FAILED
+    return output.OK
+
+
+def describe(found: dict, origins: dict) -> str:
+    """What a dry run found, as text: settings with their origins, data, steps, memory."""
+    from . import data
+
+    settings = found["config"]
+    width = max(len(k) for k in settings)
+    memory = found["memory"]
+    need = f"about {memory['predicted_gib']:.1f} GiB needed"
+    if memory.get("available_gib") is not None:
+        need += f", {memory['available_gib']:.1f} GiB free"
+    lines = ["Settings"]
+    lines += [f"  {k.ljust(width)}  {v}" + (f"  [{origins[k]}]" if k in origins else "") for k, v in settings.items()]
+    lines += ["Data", "  " + data.describe(found["data"], settings.get("data") or "data").replace("\n", "\n  ")]
+    lines += [f"Steps   {found['steps']:,}", f"Memory  {memory['verdict']}: {need}"]
+    lines += [f"        {memory['advice']}"] if memory.get("advice") else []
+    return "\n".join(lines)
+
+
+def start(resolved, args: argparse.Namespace) -> int:
+    """Create or find the run, start it, follow it to its end."""
+    from kto_core import run as runs
+
+    from .follow import Interrupts, follow
+    from .runs import summary
+
+    with Interrupts() as interrupts:
+        r = _existing(resolved.config.output_dir, args)
+        if r is not None:
+            output.say(f"Run {r.id}: going on from its last checkpoint.")
+            r = runs.resume(r) or r
+        else:
+            r = runs.create(resolved)
+            output.say(f"Run {r.id}: {resolved.config.model}. Folder: {r.path}")
+            runs.start(r)
+        if resolved.config.worker == "process":
+            output.say("It runs in its own process and outlives this terminal: 'runs show', 'runs stop'.")
+        code = follow(r, interrupts)
+    if args.json:
+        output.emit(summary(r))
+    return code
+
+
+def _existing(output_dir: str | None, args: argparse.Namespace):
+    """The run to go on with: the output folder's, if it has checkpoints; with --resume and no folder, the newest."""
+    from kto_core import run as runs
+
+    if args.no_resume:
+        return None
+    if output_dir and Path(output_dir).is_dir():
+        found = runs.find(output_dir) if (Path(output_dir) / "config.yaml").is_file() else None
+    else:
+        unfinished = (
+            r for r in runs.list_runs() if r.state().state in ("stopped", "failed", "interrupted") and r.checkpoints()
+        )
+        found = next(unfinished, None) if args.resume and not output_dir else None
+    if found is not None and found.checkpoints():
+        return found
+    if args.resume:
+        raise RunError("There is no checkpoint to go on from. Leave --resume out to start anew.")
+    return None
