@@ -1,7 +1,7 @@
 """Models of a real architecture's shape with random weights: speed and memory do not depend on the values.
 
 ``python benchmarks/shapes.py NAME FOLDER`` saves one (bf16, safetensors) with the demo model's tokenizer. Sizes are
-those of the published config.json files. Where a vocabulary is smaller than the tokenizer's (49,152) it is enlarged to it.
+those of the published config.json files; a vocabulary smaller than the tokenizer's (49,152) is enlarged to it.
 """
 
 from __future__ import annotations
