@@ -1,0 +1,122 @@
+"""The models a user can talk to, by id: ``demo``, ``run:ID``, ``base:NAME`` (of a preset), or a typed Hub id.
+
+The browser sends ids, never paths. One model is loaded at a time, in the background.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from kto_core import jobs, paths
+from kto_core.errors import ModelError
+
+JOB = "Load "
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def signature() -> tuple:
+    """Changes when a run appears, goes, or gets an adapter or a checkpoint. Quick: looks at folder times only."""
+    found = []
+    try:
+        with os.scandir(paths.runs_dir()) as entries:
+            for entry in entries:
+                if entry.is_dir():
+                    found.append((entry.name, _time(entry.path), _time(os.path.join(entry.path, "checkpoints"))))
+    except OSError:
+        pass
+    return tuple(sorted(found))
+
+
+def _time(path: str) -> int:
+    try:
+        return os.stat(path).st_mtime_ns
+    except OSError:
+        return 0
+
+
+def with_adapter() -> list:
+    """Runs that can be talked to or exported, newest first."""
+    from kto_core import run
+
+    return [r for r in run.list_runs() if r.adapter]
+
+
+def talkable() -> list:
+    """Runs with an adapter or at least a checkpoint, newest first."""
+    from kto_core import run
+
+    return [r for r in run.list_runs() if r.adapter or r.checkpoints()]
+
+
+def choices() -> list[tuple[str, str]]:
+    """(label, id) for the Model list: runs first, then the demo, then the presets' models."""
+    from kto_core import config
+
+    runs = [(f"Run {r.id}", f"run:{r.id}") for r in talkable()]
+    names = []
+    for values in config.presets().values():
+        names += [values.get("model"), *(values.get("alternatives") or [])]
+    bases = [(name, f"base:{name}") for name in dict.fromkeys(names) if name and name != "demo"]
+    return [*runs, ("Demo model (SmolLM2 135M)", "demo"), *bases]
+
+
+def checkpoints(choice: str | None) -> list[tuple[str, str]]:
+    """(label, id) of a run's adapters: the last one, then its checkpoints, newest first."""
+    from kto_core import run
+
+    kind, _, name = (choice or "").partition(":")
+    if kind != "run":
+        return []
+    found = run.find(name)
+    rest = [(f"Step {step(p)}", p.name) for p in sorted(found.checkpoints(), key=step, reverse=True)]
+    return [("At the end of the run", "")] * bool(found.adapter) + rest
+
+
+def step(checkpoint: Path) -> int:
+    digits = re.sub(r"\D", "", Path(checkpoint).name)
+    return int(digits) if digits else 0
+
+
+def label(choice: str) -> str:
+    """The name shown for an id."""
+    kind, _, name = choice.partition(":")
+    return {"run": f"run {name}", "base": name}.get(kind, "the demo model" if choice == "demo" else choice)
+
+
+def target(choice: str | None) -> str:
+    """What `kto_core.chat` loads for an id.
+
+    Raises:
+        ModelError: not an id of this page, and not the form of a Hub id.
+    """
+    choice = (choice or "").strip()
+    kind, _, name = choice.partition(":")
+    if choice == "demo":
+        return choice
+    if kind == "run" and name and Path(name).name == name and name not in (".", ".."):
+        return name
+    hub = name if kind == "base" else choice
+    if HUB_ID.fullmatch(hub):
+        return hub
+    raise ModelError("Choose a model from the list, or type a Hub id as owner/name.")
+
+
+def loading() -> jobs.Job | None:
+    """The newest load, running or ended."""
+    found = [j for j in jobs.all_jobs() if j.name.startswith(JOB)]
+    return found[-1] if found else None
+
+
+def load(choice: str | None, checkpoint: str | None = None) -> jobs.Job:
+    """Start to load in the background; a load that runs already is returned as it is."""
+    from kto_core import chat
+
+    name = target(choice)
+    if (job := loading()) and job.running:
+        return job
+    return jobs.start(
+        JOB + label(choice),
+        lambda progress, cancel: chat.load(name, checkpoint=checkpoint or None, progress=progress, cancel=cancel),
+    )

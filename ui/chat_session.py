@@ -1,0 +1,179 @@
+"""A conversation in the Chat tab: its state, what the events do to it, answers as they grow. Knows no layout."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from kto_core import chat
+from kto_core.errors import ModelError
+from ui import chat_models, chat_view
+
+TUNED, BASE, BOTH = chat_view.MODES
+EVERY = 0.06  # seconds between two updates of a growing answer
+SEPARATOR = " &nbsp;|&nbsp; "
+POLL = 0.1  # seconds between two looks at a model that is being loaded
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The controls beside the conversation, in the order the events send them."""
+
+    model: str
+    checkpoint: str | None
+    mode: str
+    system: str
+    temperature: float
+    top_p: float
+    top_k: int
+    repetition_penalty: float
+    max_tokens: int
+    seed: int | None
+    markdown: bool
+
+
+def empty() -> dict:
+    """``a`` is the left (or only) column, ``b`` the right one; ``liked`` has "a3" -> True or False."""
+    return {"a": [], "b": [], "liked": {}}
+
+
+def restore(kept: dict | None) -> dict:
+    """The conversation a browser kept; whatever is not of that form is left out."""
+    kept = kept if isinstance(kept, dict) else {}
+    talk = empty()
+    for side in "ab":
+        talk[side] = [m for m in kept.get(side) or [] if isinstance(m, dict) and m.get("role") and "content" in m]
+    talk["liked"] = {k: v for k, v in (kept.get("liked") or {}).items() if isinstance(v, bool)}
+    return talk
+
+
+def sides(mode: str) -> str:
+    return "ab" if mode == BOTH else "a"
+
+
+def align(talk: dict) -> dict:
+    """For comparing: the right column gets the left one's history unless both were asked the same."""
+    asked = [[m["content"] for m in talk[s] if m["role"] == "user"] for s in "ab"]
+    if asked[0] == asked[1]:
+        return talk
+    liked = {k: v for k, v in talk["liked"].items() if k[0] == "a"}
+    return {"a": talk["a"], "b": list(talk["a"]), "liked": liked}
+
+
+def ask(talk: dict, mode: str, text: str) -> dict:
+    """The conversation with a question at its end."""
+    return talk | {s: [*talk[s], {"role": "user", "content": text}] for s in sides(mode)}
+
+
+def cut(talk: dict, mode: str, index: int) -> dict:
+    """The conversation before message ``index``. Rows that thumbs wrote for what goes stay in the file."""
+    kept = {s: talk[s][:index] for s in sides(mode)}
+    liked = {k: v for k, v in talk["liked"].items() if k[0] not in kept or int(k[1:]) < index}
+    return talk | kept | {"liked": liked}
+
+
+def thumbs(talk: dict, side: str) -> list[str | None]:
+    """The form in which gr.Chatbot takes them: an entry for each answer."""
+    names = {True: "Like", False: "Dislike"}
+    return [names.get(talk["liked"].get(f"{side}{i}")) for i, m in enumerate(talk[side]) if m["role"] == "assistant"]
+
+
+def rated(talk: dict, side: str, index: int, system: str) -> list[dict]:
+    """The messages of one rated answer, system prompt first, the answer last.
+
+    Raises:
+        ModelError: there is no finished answer at ``index``.
+    """
+    messages = talk[side][: index + 1]
+    if not messages or messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
+        raise ModelError("There is no answer here to rate. Wait until it is complete.")
+    return _with_system(messages, messages[-1].get("system", system))
+
+
+def _with_system(messages: list[dict], system: str) -> list[dict]:
+    plain = [{"role": m["role"], "content": m["content"]} for m in messages]
+    return [{"role": "system", "content": system}, *plain] if system.strip() else plain
+
+
+def ready(settings: Settings, stop: threading.Event) -> Iterator[chat.Chat | None]:
+    """Wait for a loaded model, loading the chosen one if there is none; yields None while waiting, then the Chat.
+
+    Raises:
+        ModelError: it could not be loaded (or was not in time for Stop).
+    """
+    while (loaded := chat.current()) is None:
+        job = chat_models.load(settings.model, settings.checkpoint)
+        while job.running:
+            if stop.wait(POLL):
+                job.cancel()
+                return
+            yield None
+        if job.state != "done":
+            raise ModelError(job.error or "The model was not loaded. Press Load to try again.")
+    yield loaded
+
+
+def answer(talk: dict, settings: Settings, stop: threading.Event) -> Iterator[tuple[dict, str]]:
+    """Answer the last question on every side; yields (conversation, line of statistics) as the answers grow.
+
+    ``stop`` ends it and keeps what was written. Closing the generator sets ``stop``, so that the model ends too.
+    """
+    try:
+        loaded = None
+        for loaded in ready(settings, stop):
+            if loaded is None:
+                yield talk, "Loading the model…"
+        if loaded is None:  # stopped while loading
+            return
+        lines = []
+        for side in sides(settings.mode):
+            if stop.is_set():
+                break
+            tuned = settings.mode == TUNED or (settings.mode == BOTH and side == "a")
+            name = f"{TUNED if tuned else BASE}: " if settings.mode == BOTH else ""
+            for grown in _stream(loaded, talk, side, tuned, settings, stop):
+                talk = grown
+                yield talk, SEPARATOR.join(lines)
+            lines.append(name + _stats(loaded))
+            yield talk, SEPARATOR.join(lines)
+    finally:
+        stop.set()
+
+
+def _stream(loaded, talk: dict, side: str, tuned: bool, s: Settings, stop: threading.Event) -> Iterator[dict]:
+    asked = talk[side]
+    reply = {"role": "assistant", "content": "", "system": s.system}
+    stream = loaded.stream(
+        _with_system(asked, s.system),
+        tuned=tuned,
+        temperature=s.temperature,
+        top_p=s.top_p,
+        top_k=int(s.top_k),
+        repetition_penalty=s.repetition_penalty,
+        max_new_tokens=int(s.max_tokens),
+        seed=None if s.seed is None or s.seed < 0 else int(s.seed),
+        cancel=stop,
+    )
+    yield talk | {side: [*asked, reply]}
+    shown = 0.0
+    try:
+        for part in stream:
+            reply = reply | {"content": reply["content"] + part}
+            if time.monotonic() - shown > EVERY:
+                shown = time.monotonic()
+                yield talk | {side: [*asked, reply]}
+    finally:
+        stream.close()
+    yield talk | {side: [*asked, reply]}
+
+
+def _stats(loaded) -> str:
+    s = loaded.stats or {}
+    return chat_view.stats(s.get("tokens_per_second"), s.get("tokens"), s.get("seconds"))
+
+
+def tidy(talk: dict) -> dict:
+    """The conversation after an answer ended: an answer without any text (stopped at once, failed) is left out."""
+    return talk | {s: talk[s][:-1] if talk[s] and not talk[s][-1]["content"].strip() else talk[s] for s in "ab"}

@@ -1,0 +1,86 @@
+"""What the Chat tab shows, as pure functions: choices, status lines, and model text made safe to show."""
+
+from __future__ import annotations
+
+import html
+import re
+
+from kto_core.jobs import Job
+from ui.jobs_view import bar
+
+JOINER = "\u2060"  # invisible; behind "<" it keeps a browser from reading a tag
+_TAG = re.compile(r"<(?=[A-Za-z/!?])")
+_FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})")
+MODES = ("Tuned", "Base", "Side by side")
+
+
+def shown(text: str, markdown: bool) -> str:
+    """A message as the page shows it: no tag in it is read as HTML, and no picture is fetched from elsewhere.
+
+    With ``markdown`` the contents of fenced code stay as they are (the page shows them literally), so that copied code
+    has nothing added to it.
+    """
+    if not markdown:
+        return _TAG.sub("<" + JOINER, text)
+    lines, fence = [], ""
+    for line in text.split("\n"):
+        mark = _FENCE.match(line)
+        if fence:
+            closes = mark and mark[1][0] == fence[0] and len(mark[1]) >= len(fence) and not line.strip().strip(fence[0])
+            fence = "" if closes else fence
+            lines.append(line)
+        else:
+            fence = mark[1] if mark and not (mark[1][0] == "`" and "`" in line[mark.end() :]) else ""
+            lines.append(_TAG.sub("<" + JOINER, line).replace("![", "!" + JOINER + "["))
+    return "\n".join(lines)
+
+
+def typed(text: str) -> str:
+    """The inverse of `shown`, for text that comes back from the page (an edited message)."""
+    return text.replace("<" + JOINER, "<").replace("!" + JOINER + "[", "![")
+
+
+def content(value) -> str:
+    """The text of a message as the page sends it: a string, or a list of parts."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, dict):
+        return content(value.get("text", value.get("content", "")))
+    return "".join(content(part) for part in value or [])
+
+
+def history(messages: list[dict], markdown: bool) -> list[dict]:
+    """A conversation as gr.Chatbot takes it."""
+    return [{"role": m["role"], "content": shown(m["content"], markdown) or "\u2026"} for m in messages]
+
+
+def status(loaded: str | None, adapter: bool, device: str, job: Job | None) -> str:
+    """The line under Load: what is loaded, what is being loaded, or why that failed."""
+    if job is not None and job.running:
+        return f'{bar(job.fraction, "Loading")}<div class="job-text">{html.escape(job.text or "Loading…")}</div>'
+    lines = []
+    if job is not None and job.state == "failed":
+        lines.append(f'<div class="note note-bad" role="alert">{html.escape(job.error)}</div>')
+    if loaded:
+        kind = "with its adapter" if adapter else "no adapter: tuned and base are the same"
+        place = f" · {html.escape(device)}" if device else ""
+        lines.append(f'<div class="note note-good">Loaded: <b>{html.escape(loaded)}</b><br>{kind}{place}</div>')
+    elif not lines:
+        lines.append('<div class="note">Nothing is loaded. Choose a model, then press Load, or just write.</div>')
+    return "".join(lines)
+
+
+def stats(per_second: float | None, tokens: int | None, seconds: float | None) -> str:
+    """How fast the last answer came."""
+    if not tokens or not seconds:
+        return ""
+    speed = per_second or tokens / seconds
+    return f"{speed:.1f} tokens/s · {tokens:,} tokens · {seconds:.1f} s"
+
+
+def feedback(up: int, down: int, file: str) -> str:
+    """The note under the conversation: what the thumbs have collected."""
+    if not up + down:
+        return "👍 or 👎 an answer to collect training rows."
+    rows = f"{up + down} row{'s' if up + down > 1 else ''}"
+    return f"{rows} collected ({up} 👍, {down} 👎) in {file}: pick it in the Data tab to train on it."

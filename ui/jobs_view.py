@@ -1,0 +1,98 @@
+"""Long jobs on the page: a line each with bar, time left and outcome, and one Cancel. Reads `kto_core.jobs` only."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable, Sequence
+
+import gradio as gr
+
+from kto_core import jobs
+from ui.context import Context
+
+SHOWN = 4  # newest jobs kept on the page
+STATES = {"running": "running", "done": "done", "failed": "failed", "cancelled": "stopped"}
+
+
+def mine(prefix: str) -> list[jobs.Job]:
+    """The jobs whose name starts with ``prefix``, oldest first."""
+    return [j for j in jobs.all_jobs() if j.name.startswith(prefix)]
+
+
+def busy(prefix: str) -> jobs.Job | None:
+    """The one that runs now."""
+    return next((j for j in mine(prefix) if j.running), None)
+
+
+def duration(seconds: float) -> str:
+    """``42 s``, ``3 min 5 s``, ``2 h 10 min``."""
+    seconds = max(0, round(seconds))
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60} min"
+
+
+def bar(fraction: float | None, label: str) -> str:
+    """A progress bar; with no fraction it moves without saying how far."""
+    if fraction is None:
+        value = ""
+        inner = '<div class="job-fill job-unknown"></div>'
+    else:
+        percent = min(100, max(0, 100 * fraction))
+        value = f' aria-valuenow="{percent:.0f}"'
+        inner = f'<div class="job-fill" style="width:{percent:.1f}%"></div>'
+    name = html.escape(label, quote=True)
+    role = f'role="progressbar" aria-label="{name}" aria-valuemin="0" aria-valuemax="100"{value}'
+    return f'<div class="job-bar" {role}>{inner}</div>'
+
+
+def view(shown: Sequence[jobs.Job], prefix: str = "") -> str:
+    """The newest jobs as HTML, newest first. Pure but for the clock in `Job.eta`."""
+    return "".join(_line(j, prefix) for j in list(shown)[-SHOWN:][::-1])
+
+
+def _line(job: jobs.Job, prefix: str) -> str:
+    name = html.escape(job.name.removeprefix(prefix).strip())
+    right = STATES[job.state]
+    if job.running and job.fraction is not None:
+        right = f"{100 * job.fraction:.0f} %" + (f" · {duration(job.eta)} left" if job.eta is not None else "")
+    elif job.ended:
+        right += f" in {duration(job.ended - job.started)}"
+    text = html.escape(job.error or job.text)
+    middle = bar(job.fraction, name) if job.running else ""
+    return (
+        f'<div class="job job-{job.state}" data-job="{job.id}">'
+        f'<div class="job-head"><b>{name}</b><span>{html.escape(right)}</span></div>{middle}'
+        f'<div class="job-text">{text}</div></div>'
+    )
+
+
+def build(ctx: Context, prefix: str, on_end: Callable[[], Sequence] | None = None, outputs: Sequence = ()) -> gr.HTML:
+    """Show the jobs of ``prefix`` on the timer, with Cancel while one runs.
+
+    Args:
+        on_end: called when a job has ended and when the page opens; its values go to ``outputs``.
+    """
+    area = gr.HTML("", visible=False, elem_classes="jobs", show_label=False)
+    cancel = gr.Button("Cancel", variant="stop", size="sm", visible=False, elem_id=f"cancel-{prefix.strip().lower()}")
+    seen = gr.State(("", -1))
+
+    def tick(before):
+        found = mine(prefix)
+        text, ended = view(found, prefix), sum(not j.running for j in found)
+        if (text, ended) == tuple(before):
+            return (gr.skip(),) * (3 + len(outputs))
+        rest = tuple(on_end()) if on_end and ended != before[1] else (gr.skip(),) * len(outputs)
+        running = any(j.running for j in found)
+        return gr.update(value=text, visible=bool(text)), gr.update(visible=running), (text, ended), *rest
+
+    def stop():
+        if job := busy(prefix):
+            job.cancel()
+
+    ctx.on_tick(tick, [area, cancel, seen, *outputs], [seen])
+    ctx.on_load(lambda: tick(("", -1)), [area, cancel, seen, *outputs])
+    cancel.click(ctx.guarded(stop), None, None, queue=False, api_visibility="private")
+    return area
