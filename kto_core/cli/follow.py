@@ -172,7 +172,5 @@ def wait_stopped(run, timeout: float) -> None:
     end = time.monotonic() + timeout
     while run.alive() and not run.state().terminal:
         if time.monotonic() > end:
-            raise RunError(
-                f"{run.id} was asked to stop and is still in its step. Look again: python -m kto_core runs show {run.id}"
-            )
+            raise RunError(f"{run.id} was asked to stop and is still in its step. Look again with: runs show {run.id}")
         time.sleep(POLL)

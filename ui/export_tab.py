@@ -1,0 +1,293 @@
+"""The Export tab: merge a run, make GGUF files, check them in llama.cpp, download, push to the Hub."""
+
+from __future__ import annotations
+
+import html
+from pathlib import Path
+
+import gradio as gr
+
+from kto_core import export, jobs, model
+from kto_core import run as runs
+from kto_core.errors import BusyError, ExportError, KTOError
+from ui import chat_models, export_view, jobs_view
+from ui.context import Context
+
+JOB = "Export "
+QUICK = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+
+
+def build(ctx: Context) -> None:
+    with gr.Row(equal_height=True):
+        chosen = gr.Dropdown([], label="Run", info="Every run that has an adapter.", scale=1, elem_id="export-run")
+        facts = gr.HTML(export_view.nothing(), elem_id="export-facts", show_label=False)
+    area = gr.Column()
+    with gr.Row(equal_height=False):
+        with gr.Column(min_width=420):
+            quants, disk, merge, convert = _make_controls()
+            file, prompt, check, answer = _check_controls()
+        with gr.Column(min_width=420):
+            files, empty = _download_controls()
+            push = _push_controls()
+    shown = [facts, disk, file, empty, *files, merge, convert, check, push[-1]]
+    version = gr.State(())  # changes when the page has something new to show
+    with area:
+        jobs_view.build(ctx, JOB)
+    _refresh(ctx, chosen, quants, push[3], version, shown, disk)
+    _make(ctx, chosen, quants, merge, convert, push)
+    _check(ctx, chosen, file, prompt, check, answer)
+
+
+# ---- layout
+
+
+def _make_controls():
+    with gr.Group(elem_classes="panel"):
+        gr.HTML(
+            "<h3>Make files</h3><p>For llama.cpp, Ollama, LM Studio and other programs.</p>", elem_classes="panel-head"
+        )
+        quants = gr.CheckboxGroup(
+            [(label, name) for name, label, _ in export_view.QUANTS],
+            value=["q4_k_m"],
+            label="GGUF",
+            info="How the weights are stored: smaller is faster and a little less exact.",
+            elem_id="export-quants",
+        )
+        disk = gr.HTML("", elem_id="export-disk", show_label=False)
+        with gr.Row():
+            convert = gr.Button("Create GGUF", variant="primary", interactive=False, elem_id="export-gguf")
+            merge = gr.Button("Merge only (16 bit)", interactive=False, elem_id="export-merge")
+    return quants, disk, merge, convert
+
+
+def _check_controls():
+    with gr.Group(elem_classes="panel"):
+        gr.HTML(
+            "<h3>Check in llama.cpp</h3><p>Loads the file and answers, as Ollama would.</p>", elem_classes="panel-head"
+        )
+        file = gr.Dropdown([], label="File", info="GGUF files made above.", elem_id="export-file")
+        prompt = gr.Textbox("What is the capital of France?", label="Question", elem_id="export-prompt")
+        check = gr.Button("Check", interactive=False, elem_id="export-check")
+        answer = gr.HTML("", elem_id="export-answer", show_label=False)
+    return file, prompt, check, answer
+
+
+def _download_controls():
+    with gr.Group(elem_classes="panel"):
+        gr.HTML("<h3>Download</h3><p>What was made of this run.</p>", elem_classes="panel-head")
+        empty = gr.HTML('<div class="note">Nothing yet. Choose a run, then create GGUF files.</div>', show_label=False)
+        files = [
+            gr.DownloadButton("", visible=False, size="md", elem_id=f"export-download-{i}", elem_classes="download")
+            for i in range(export_view.DOWNLOADS)
+        ]
+    return files, empty
+
+
+def _push_controls():
+    with gr.Group(elem_classes="panel"):
+        gr.HTML(
+            "<h3>Push to the Hugging Face Hub</h3><p>With a model card: base, data, settings, metrics.</p>",
+            elem_classes="panel-head",
+        )
+        repo = gr.Textbox(
+            label="Repository", placeholder="owner/name", info="Is made if it is not there.", elem_id="export-repo"
+        )
+        what = gr.CheckboxGroup(
+            list(export_view.WHAT),
+            value=["adapter"],
+            label="What",
+            info="Missing files are made first.",
+            elem_id="export-what",
+        )
+        private = gr.Checkbox(True, label="Private", info="Off: everybody can see it.", elem_id="export-private")
+        token = gr.Textbox(
+            label="Access token",
+            type="password",
+            info=export_view.token_note(False),
+            elem_id="export-token",
+            html_attributes=gr.InputHTMLAttributes(autocomplete="off"),
+        )
+        push = gr.Button("Push", variant="primary", interactive=False, elem_id="export-push")
+    return repo, what, private, token, push
+
+
+# ---- what is shown
+
+
+def _folder(name: str | None) -> Path | None:
+    try:
+        return find(name).path
+    except KTOError:
+        return None
+
+
+def find(name: str | None):
+    """The run of an id of this page.
+
+    Raises:
+        ExportError: none is chosen.
+    """
+    if not name or Path(name).name != name or name in (".", ".."):
+        raise ExportError("Choose a run first. If there is none, train one in the Train tab.")
+    return runs.find(name)
+
+
+def summary(run) -> dict:
+    """The facts that `export_view.facts` shows."""
+    state = run.state()
+    made = [export_view.file_id(p, run.path) for p in export_view.gguf_files(run.path)]
+    return {
+        "model": run.config().config.model,
+        "state": state.state,
+        "steps": state.step,
+        "margin": state.latest("rewards/margins"),
+        "seconds": state.updated - state.started if state.started and state.updated else None,
+        "made": (["merged model"] if merged(run.path) else []) + [Path(m).name for m in made],
+    }
+
+
+def merged(folder: Path) -> bool:
+    return (folder / "exports" / "merged" / "config.json").is_file()
+
+
+def parameters(run) -> float | None:
+    """Weights of the base model, None if nobody knows (not loaded yet, no network)."""
+    try:
+        return model.model_facts(run.config().config.model).parameters
+    except KTOError:
+        return None
+
+
+def show_run(name: str | None, quants: list[str]) -> tuple:
+    """Values for the run's facts, disk, file list, download buttons and actions."""
+    folder = _folder(name)
+    if folder is None:
+        buttons = [gr.update(visible=False)] * export_view.DOWNLOADS
+        off = [gr.update(interactive=False)] * 4
+        hint = gr.update(visible=True)
+        return export_view.nothing(), "", gr.update(choices=[], value=None), hint, *buttons, *off
+    run = find(name)
+    files = export_view.downloads(folder)[: export_view.DOWNLOADS]
+    ggufs = [(p.name, export_view.file_id(p, folder)) for p in export_view.gguf_files(folder)]
+    buttons = [
+        gr.update(label=f"{p.name}  ({export_view.size(p.stat().st_size)})", value=str(p), visible=True) for p in files
+    ]
+    buttons += [gr.update(visible=False, value=None)] * (export_view.DOWNLOADS - len(files))
+    need = export_view.needed(parameters(run), quants, merged(folder))
+    ready = gr.update(interactive=True)
+    return (
+        export_view.facts(summary(run)),
+        export_view.disk(need, export_view.free(folder)),
+        gr.update(choices=ggufs, value=ggufs[-1][1] if ggufs else None),
+        gr.update(visible=not files),
+        *buttons,
+        ready,
+        ready,
+        gr.update(interactive=bool(ggufs)),
+        ready,
+    )
+
+
+def _refresh(ctx: Context, chosen, quants, token, version, shown: list, disk) -> None:
+    def state() -> tuple:
+        return chat_models.signature(), sum(not j.running for j in jobs_view.mine(JOB))
+
+    def tick(before: tuple, name: str | None):
+        now = state()
+        if now == before:
+            return gr.skip(), gr.skip()
+        names = [r.id for r in chat_models.with_adapter()]
+        return gr.update(choices=names, value=name if name in names else next(iter(names), None)), now
+
+    def opened(name: str | None):
+        present = bool(export.token_present())
+        return *tick((), name), gr.update(info=export_view.token_note(present))
+
+    def room(name: str | None, asked: list[str]):
+        folder = _folder(name)
+        if folder is None:
+            return ""
+        return export_view.disk(
+            export_view.needed(parameters(find(name)), asked, merged(folder)), export_view.free(folder)
+        )
+
+    ctx.on_tick(tick, [chosen, version], [version, chosen])
+    ctx.on_load(opened, [chosen, version, token], [ctx.chosen_run])
+    for event in (version.change, chosen.change):
+        event(ctx.guarded(show_run), [chosen, quants], shown, **QUICK)
+    quants.change(ctx.guarded(room), [chosen, quants], [disk], **QUICK)
+    ctx.chosen_run.change(ctx.guarded(lambda name: tick((), name)), [ctx.chosen_run], [chosen, version], **QUICK)
+
+
+# ---- what is done
+
+
+def start(name: str, work) -> jobs.Job:
+    """Start a long job, one at a time: they share the disk and the memory.
+
+    Raises:
+        BusyError: one runs already.
+    """
+    if job := jobs_view.busy(JOB):
+        raise BusyError(f"{job.name.removeprefix(JOB)} still runs. Wait for it, or cancel it first.")
+    return jobs.start(JOB + name, work)
+
+
+def make_gguf(run, quants: list[str], progress: jobs.Progress, cancel) -> list[Path]:
+    """GGUF files, and a Modelfile for each."""
+    files = export.gguf(run, quants, progress=progress, cancel=cancel)
+    for path in files:
+        export.modelfile(run, path)
+    return files
+
+
+def _make(ctx: Context, chosen, quants, merge, convert, push: tuple) -> None:
+    def on_merge(name: str | None):
+        run = find(name)
+        start(f"merge of {run.id}", lambda progress, cancel: export.merge(run, progress=progress, cancel=cancel))
+
+    def on_convert(name: str | None, asked: list[str]):
+        if not asked:
+            raise ExportError("Tick at least one kind of GGUF file.")
+        run = find(name)
+        start(f"GGUF {', '.join(asked)} of {run.id}", lambda progress, cancel: make_gguf(run, asked, progress, cancel))
+
+    def on_push(name: str | None, repo: str, what: list[str], private: bool, token: str):
+        run, repo, secret = find(name), (repo or "").strip(), (token or "").strip() or None
+        if not chat_models.HUB_ID.fullmatch(repo):
+            raise ExportError("Type the repository as owner/name, for example jane/my-model.")
+        if not what:
+            raise ExportError("Tick at least one thing to upload.")
+
+        def work(progress, cancel):
+            return export.push(run, repo, what=what, private=private, token=secret, progress=progress, cancel=cancel)
+
+        start(f"upload to {repo}", work)
+        return ""  # the token leaves the page
+
+    repo, what, private, token, button = push
+    merge.click(ctx.guarded(on_merge), [chosen], None, **QUICK)
+    convert.click(ctx.guarded(on_convert), [chosen, quants], None, **QUICK)
+    button.click(ctx.guarded(on_push), [chosen, repo, what, private, token], [token], **QUICK)
+
+
+def _check(ctx: Context, chosen, file, prompt, button, answer) -> None:
+    def on_check(name: str | None, file_id: str | None, question: str):
+        path = export_view.by_id(file_id, find(name).path)
+        yield '<div class="note">Loading the file in llama.cpp…</div>', gr.update(interactive=False)
+        try:
+            found = export.check_gguf(path, question)
+        except KTOError as e:
+            yield f'<div class="note note-bad" role="alert">{html.escape(str(e))}</div>', gr.update(interactive=True)
+            return
+        yield export_view.answer(found), gr.update(interactive=True)
+
+    button.click(
+        ctx.guarded(on_check),
+        [chosen, file, prompt],
+        [answer, button],
+        concurrency_limit=1,
+        show_progress="hidden",
+        api_visibility="private",
+    )
+    chosen.change(lambda: "", None, [answer], **QUICK)
