@@ -9,14 +9,7 @@ from kto_core.errors import RunError
 
 from . import output
 
-SIZES = ("demo", "3b", "7b", "13b", "20b")
-SHORT = {  # flag -> field, where the flag's name is shorter than the field's
-    "--batch-size": "per_device_train_batch_size",
-    "--gradient-accumulation": "gradient_accumulation_steps",
-    "--num-epochs": "num_train_epochs",
-    "--max-seq-length": "max_length",
-}
-OWN = {"preset", "data", "report_to", "wandb_project"}  # fields with flags of their own below
+OWN = ("preset", "data")  # fields whose flags are written out below
 
 CTRL_C = """\
 Ctrl-C ends the run after its step and saves it; a second Ctrl-C does not wait for that: with --worker thread the
@@ -32,19 +25,18 @@ def add(commands: argparse._SubParsersAction, argv: list[str]) -> None:
         epilog=CTRL_C,
     )
     train.set_defaults(run=run)
-    size = train.add_mutually_exclusive_group()
-    size.add_argument(
+    preset = train.add_mutually_exclusive_group()
+    preset.add_argument(
         "--preset",
         metavar="P",
         help="settings to start from: demo, 3b, 7b, 13b, 20b, or a YAML file (default: 7b with a GPU, else demo)",
     )
-    size.add_argument("--model-size", choices=SIZES, help="the same as --preset")
+    preset.add_argument("--model-size", metavar="P", help="the same as --preset")
     data = train.add_mutually_exclusive_group()
     data.add_argument("--data", metavar="FILE", help="JSONL, JSON, CSV or Parquet file, or the Hub id of a data set")
     data.add_argument("--local-file", metavar="F", help="a file, as with --data")
     data.add_argument("--dataset-name", metavar="HUB", help="Hub id of a data set, as with --data")
     train.add_argument("--wandb", action="store_true", help="log to Weights & Biases")
-    train.add_argument("--wandb-project", metavar="P", help="project at Weights & Biases (with --wandb)")
     again = train.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on from the last checkpoint; fail if there is none")
     again.add_argument("--no-resume", action="store_true", help="start anew although the output folder has checkpoints")
@@ -59,24 +51,19 @@ def add(commands: argparse._SubParsersAction, argv: list[str]) -> None:
 
 
 def _add_fields(train: argparse.ArgumentParser) -> None:
-    """A flag for every field of RunConfig; help and type come from the field."""
+    """A flag for every field of RunConfig; its help comes from the field, its value is checked with all others."""
     from kto_core import config
 
-    short = {field: flag for flag, field in SHORT.items()}
-    group = train.add_argument_group("settings", "Each overrides the preset's value.")
+    groups = {}
     for field in config.cli_fields():
-        if field.name in OWN:
+        if field.name in OWN or field.group == "Hidden":
             continue
-        flags = [short[field.name]] if field.name in short else []
-        flags.append("--" + field.name.replace("_", "-"))
-        group.add_argument(
-            *flags,
-            dest=field.name,
-            default=None,
-            metavar=field.metavar,
-            type=str,
-            help=(field.help or "").replace("%", "%%"),
+        group = groups.setdefault(
+            field.group, train.add_argument_group(field.group) if field.group not in groups else None
         )
+        how = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"metavar": field.metavar}
+        flags = [f for f in field.flags if f != "--wandb"]  # that one has no value
+        group.add_argument(*flags, dest=field.name, default=None, help=field.help.replace("%", "%%"), **how)
 
 
 def overrides(args: argparse.Namespace) -> dict:
@@ -85,8 +72,7 @@ def overrides(args: argparse.Namespace) -> dict:
 
     given = {f.name: getattr(args, f.name, None) for f in config.cli_fields() if f.name not in OWN}
     given["data"] = args.data or args.local_file or args.dataset_name
-    given["report_to"] = "wandb" if args.wandb else None
-    given["wandb_project"] = args.wandb_project
+    given["report_to"] = "wandb" if args.wandb else given["report_to"]
     return {name: value for name, value in given.items() if value is not None}
 
 
