@@ -31,6 +31,7 @@ class Shape:
     head_dim: int
     experts: int = 0
     experts_per_token: int = 0
+    quantized: bool = False  # the checkpoint is in 4 bits already
     source: str = ""
     exact: bool = True
 
@@ -96,13 +97,14 @@ def from_config(config: dict, source: str = "config.json") -> Shape:
         head_dim=c.get("head_dim") or c["hidden_size"] // heads,
         experts=c.get("num_local_experts") or c.get("num_experts") or 0,
         experts_per_token=c.get("num_experts_per_tok") or 0,
+        quantized="4bit" in str(config.get("quantization_config") or {}).replace("_", ""),
         source=source,
     )
 
 
 def _known(arch, hidden, intermediate, layers, heads, kv_heads, vocabulary, tied, positions, head_dim=None, experts=0):
     return Shape(arch, hidden, intermediate, layers, heads, kv_heads, vocabulary, tied, positions,
-                 head_dim or hidden // heads, experts, 4 if experts else 0, "published sizes")  # fmt: skip
+                 head_dim or hidden // heads, experts, 4 if experts else 0, source="published sizes")  # fmt: skip
 
 
 # From the published config.json files. The presets and their alternatives are all here, so that a plan can be made
@@ -144,7 +146,7 @@ def find(name: str) -> Shape | None:
     stem = SUFFIX.sub("", name.rstrip("/").rpartition("/")[2].lower())
     stem = ALIASES.get(stem, stem)
     if stem in KNOWN:
-        return KNOWN[stem]
+        return replace(KNOWN[stem], quantized="4bit" in name.lower())
     if found := SIZE.search(stem):
         return estimate(float(found.group(1)) * 1e9)
     return None

@@ -1,0 +1,262 @@
+"""Is everything in place? Python, packages against their pins, torch and CUDA, GPU, memory, disk, Hub token.
+
+Quick: reads package metadata and asks NVML; torch is imported only where a GPU is to be tried, and in a child process.
+Needs no network. Never shows a token.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata as metadata
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import hardware, paths
+
+PYTHON = ((3, 11), (3, 14))  # from, up to and without
+DISK_NEED, DISK_ROOM = 3, 30  # GiB: the demo and a checkpoint; a 4-bit 7B model, a merge and its GGUF
+CUDA_TIMEOUT = 90  # seconds
+CUDA_CODE = """
+import json, torch
+x = torch.ones(256, 256, device="cuda", dtype=torch.float16)
+ok = bool(((x @ x) == 256).all().item())
+print(json.dumps({"ok": ok, "name": torch.cuda.get_device_name(0), "count": torch.cuda.device_count()}))
+"""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report."""
+
+    name: str
+    ok: bool | None  # None: a remark, nothing is wrong
+    value: str
+    remedy: str = ""  # what to do, where ok is not True
+
+
+def doctor() -> list[Check]:
+    """All checks, in the order to mend them. Changes nothing; takes a second, some more with a GPU."""
+    unsloth = _version("unsloth") is not None
+    file = paths.ROOT / ("requirements-unsloth.txt" if unsloth else "requirements.txt")
+    gpus = hardware.devices()
+    checks = [_python(), _system(), *_packages(file), _optional(unsloth, bool(gpus)), *_torch(gpus, file)]
+    checks += [_gpu(g) for g in gpus] or [_no_gpu()]
+    return [*checks, _memory(), *_disk(), _token()]
+
+
+# ---- Python and packages --------------------------------------------------------------------------------------------
+
+
+def _python() -> Check:
+    low, high = PYTHON
+    ok = low <= sys.version_info[:2] < high
+    remedy = f"Make a virtual environment with Python {low[0]}.{low[1]} to {high[0]}.{high[1] - 1}."
+    return Check("Python", ok, f"{platform.python_version()} ({sys.prefix})", "" if ok else remedy)
+
+
+def _system() -> Check:
+    ok = True if sys.platform == "linux" else None
+    remedy = "" if ok else "Only Linux is tested; on Windows use WSL 2. 4-bit training needs an NVIDIA GPU."
+    return Check("System", ok, platform.platform(), remedy)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _packages(file: Path) -> list[Check]:
+    """Every line of a requirements file against what is installed."""
+    from packaging.requirements import InvalidRequirement, Requirement
+
+    install = f"python -m pip install -r {file.name}"
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except OSError as e:
+        return [Check(file.name, False, f"cannot be read: {e.strerror}", "Fetch the project's files again.")]
+    checks = []
+    for line in lines:
+        text = line.partition("#")[0].strip()
+        if not text or text.startswith("-"):
+            continue
+        try:
+            wanted = Requirement(text)
+        except InvalidRequirement:
+            checks.append(Check(file.name, False, f"not understood: {text}", "Fetch the project's files again."))
+            continue
+        if wanted.marker is not None and not wanted.marker.evaluate():
+            continue
+        found = _version(wanted.name)
+        ok = found is not None and wanted.specifier.contains(found, prereleases=True)
+        value = f"{found or 'not installed'}" + (f", wanted {wanted.specifier}" if not ok else "")
+        checks.append(Check(wanted.name, ok, value, "" if ok else f"{install} (or: pip install '{text}')"))
+    return checks
+
+
+def _optional(unsloth: bool, gpu: bool) -> Check:
+    if unsloth and not gpu:
+        return Check(
+            "Unsloth", None, "installed, but there is no GPU",
+            "Unsloth works on a GPU only. Without one install requirements.txt into a fresh virtual environment.",
+        )  # fmt: skip
+    if unsloth:
+        return Check("Unsloth", True, "installed; engine unsloth can be chosen")
+    remedy = "For engine unsloth: python -m pip install -r requirements-unsloth.txt, in a virtual environment of its own."
+    return Check("Unsloth", None, "not installed (optional)", remedy if gpu else "It needs an NVIDIA GPU.")
+
+
+# ---- torch and GPU --------------------------------------------------------------------------------------------------
+
+
+def _torch(gpus: list, file: Path) -> list[Check]:
+    version = _version("torch")
+    if version is None:
+        return []  # _packages has said it
+    cuda = torch_cuda()
+    if not gpus:
+        return [Check("torch build", True, f"{version}, " + (f"CUDA {cuda}" if cuda else "CPU only"))]
+    if cuda is None:
+        remedy = (
+            "This build of torch cannot use the GPU. Uninstall torch and install it again from your usual package "
+            f"index, which has the CUDA build for Linux: pip uninstall -y torch && pip install -r {file.name}"
+        )
+        return [Check("torch build", False, f"{version}, CPU only, beside a GPU", remedy)]
+    driver, most = _driver()
+    build = Check("torch build", True, f"{version}, CUDA {cuda}")
+    old = most is not None and most[0] < int(cuda.partition(".")[0])
+    remedy = f"torch was built for CUDA {cuda}: update the NVIDIA driver to one that supports it."
+    what = f"{driver}, CUDA up to {most[0]}.{most[1]}" if most else driver
+    return [build, Check("NVIDIA driver", not old, what, remedy if old else ""), _try_cuda()]
+
+
+def torch_cuda() -> str | None:
+    """The CUDA version torch was built with, None for a CPU build. Reads torch/version.py, imports nothing."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.origin:
+        return None
+    try:
+        tree = ast.parse((Path(spec.origin).parent / "version.py").read_text(encoding="utf-8"))
+    except (OSError, SyntaxError):
+        return None
+    for node in tree.body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        names = {t.id for t in targets if isinstance(t, ast.Name)}
+        if "cuda" in names and isinstance(node.value, ast.Constant):
+            return node.value.value
+    return None
+
+
+def _driver() -> tuple[str, tuple[int, int] | None]:
+    """(driver version, newest CUDA version it serves)."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        try:
+            cuda = pynvml.nvmlSystemGetCudaDriverVersion()
+            return str(pynvml.nvmlSystemGetDriverVersion()), (cuda // 1000, cuda % 1000 // 10)
+        finally:
+            pynvml.nvmlShutdown()
+    except Exception:  # NVML can vanish between two calls when a driver is being updated
+        return "unknown", None
+
+
+def _try_cuda() -> Check:
+    """Multiply two matrices on the GPU, in a child process: a broken CUDA may take its process down."""
+    remedy = "Run the same in a terminal to see the whole message: python -c 'import torch; torch.ones(2).cuda()'"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", CUDA_CODE], capture_output=True, text=True, timeout=CUDA_TIMEOUT, check=False
+        )
+    except (subprocess.TimeoutExpired, OSError) as e:
+        return Check("CUDA", False, f"torch did not answer ({type(e).__name__})", remedy)
+    try:
+        found = json.loads(done.stdout.strip().splitlines()[-1])
+    except (ValueError, IndexError):
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        return Check("CUDA", False, last[:300], remedy)
+    return Check("CUDA", found["ok"], f"torch computes on {found['name']} ({found['count']} GPU)", remedy)
+
+
+def _gpu(gpu: hardware.Device) -> Check:
+    major, minor = gpu.capability
+    value = (
+        f"{gpu.name}, {gpu.total_gib:.1f} GiB, {gpu.free_gib:.1f} free, "
+        f"{gpu.used_by_others_gib:.1f} used by others, compute capability {major}.{minor}"
+    )
+    name = f"GPU {gpu.index}"
+    if gpu.capability < (7, 5):
+        return Check(name, False, value, "This card is too old for the CUDA build of torch. Use one from 2018 or later.")
+    if gpu.available_gib < 6:
+        return Check(name, None, value, "Less than 6 GiB are free: close other programs, or take preset demo or 3b.")
+    if gpu.capability < (8, 0):
+        return Check(name, None, value, "The card has no bfloat16: float16 is taken, and attention is slower.")
+    return Check(name, True, value)
+
+
+def _no_gpu() -> Check:
+    remedy = "Preset demo trains on the CPU. For the others: an NVIDIA GPU and its driver."
+    if os.environ.get("CUDA_VISIBLE_DEVICES") is not None:
+        remedy += f" CUDA_VISIBLE_DEVICES is set to {os.environ['CUDA_VISIBLE_DEVICES']!r}, which may hide one."
+    return Check("GPU", None, "none found", remedy)
+
+
+# ---- memory, disk, Hub ----------------------------------------------------------------------------------------------
+
+
+def _memory() -> Check:
+    total, available = hardware.memory_gib()
+    value = f"{total:.1f} GiB, {available:.1f} available, {os.cpu_count()} CPU cores"
+    if available < 3:
+        return Check("Memory", False, value, "Preset demo needs about 3 GiB: close other programs.")
+    ok = True if total >= 8 else None
+    return Check("Memory", ok, value, "" if ok else "Merging and GGUF of a 7B model need about 16 GiB.")
+
+
+def _disk() -> list[Check]:
+    """Free space where runs, caches and downloads lie, and whether we may write there."""
+    hub = os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or "~/.cache/huggingface") / "hub"
+    places = {
+        "Disk for runs": (paths.runs_dir(), "KTO_STUDIO_RUNS"),
+        "Disk for the cache": (paths.cache_dir(), "KTO_STUDIO_CACHE"),
+        "Disk for Hub models": (Path(hub).expanduser(), "HF_HOME"),
+    }
+    checks = []
+    for name, (folder, variable) in places.items():
+        there = next(p for p in (folder, *folder.parents) if p.exists())
+        move = f"set {variable} to another folder"
+        if not os.access(there, os.W_OK):
+            checks.append(Check(name, False, f"{folder} cannot be written", f"Change its permissions, or {move}."))
+            continue
+        free = shutil.disk_usage(there).free / hardware.GIB
+        value = f"{free:.1f} GiB free at {folder}"
+        if free < DISK_NEED:
+            checks.append(Check(name, False, value, f"Make room, or {move}."))
+        elif free < DISK_ROOM:
+            remedy = f"Enough for small models; a 7B model with merge and GGUF wants {DISK_ROOM} GiB. Or {move}."
+            checks.append(Check(name, None, value, remedy))
+        else:
+            checks.append(Check(name, True, value))
+    return checks
+
+
+def _token() -> Check:
+    """Whether a Hub token is there; never what it is."""
+    try:
+        from huggingface_hub import get_token
+
+        present = bool(get_token())
+    except Exception as e:  # not installed, or its file cannot be read
+        return Check("Hub token", None, f"cannot be looked up ({type(e).__name__})", "Install the packages above first.")
+    if present:
+        return Check("Hub token", True, "present")
+    return Check("Hub token", None, "none", "Only for gated models and uploads: `hf auth login`, or set HF_TOKEN.")

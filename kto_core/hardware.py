@@ -1,0 +1,149 @@
+"""What this machine has: GPUs through NVML, memory through psutil. Never imports torch; works without a driver.
+
+Also the door to `memory_plan` (what a run needs) and `gpu_owner` (who uses the GPU now).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+GIB = 2**30
+LIMIT = "KTO_STUDIO_GPU_GIB"  # plan as if every GPU had only that much memory
+
+
+@dataclass(frozen=True)
+class Device:
+    """One GPU. Sizes in GiB (2**30 bytes)."""
+
+    index: int  # as CUDA counts within CUDA_VISIBLE_DEVICES
+    name: str
+    total_gib: float
+    free_gib: float
+    used_by_others_gib: float  # by other processes and the driver; ours is not in it
+    capability: tuple[int, int]  # (8, 6) for an RTX 3090
+    uuid: str = ""
+
+    @property
+    def available_gib(self) -> float:
+        """What this process can have when it gives back all it holds now."""
+        return max(0.0, self.total_gib - self.used_by_others_gib)
+
+
+def devices() -> list[Device]:
+    """The NVIDIA GPUs this process may use, in CUDA's order; empty without a GPU or driver. A few milliseconds."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception:  # not installed, no driver, no permission: all mean that CUDA has no GPU for us
+        return []
+    try:
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        uuids = [_text(pynvml.nvmlDeviceGetUUID(h)) for h in handles]
+        chosen = visible(uuids, os.environ.get("CUDA_VISIBLE_DEVICES"))
+        return [_device(pynvml, n, handles[i], uuids[i]) for n, i in enumerate(chosen)]
+    except pynvml.NVMLError:
+        return []
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def visible(uuids: list[str], setting: str | None) -> list[int]:
+    """Positions of the GPUs that CUDA_VISIBLE_DEVICES leaves, in its order: numbers or starts of UUIDs.
+
+    As CUDA does, the list ends at the first entry that names no GPU.
+    """
+    if setting is None:
+        return list(range(len(uuids)))
+    chosen: list[int] = []
+    for entry in (e.strip() for e in setting.split(",")):
+        if entry.isdigit() and int(entry) < len(uuids):
+            found = int(entry)
+        else:
+            found = next((i for i, u in enumerate(uuids) if entry.startswith("GPU-") and u.startswith(entry)), None)
+        if found is None or found in chosen:
+            break
+        chosen.append(found)
+    return chosen
+
+
+def _device(pynvml, index: int, handle, uuid: str) -> Device:
+    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+    total, limit = memory.total / GIB, os.environ.get(LIMIT)
+    if limit:
+        total = min(total, float(limit))
+    used = memory.used / GIB
+    return Device(
+        index=index,
+        name=_text(pynvml.nvmlDeviceGetName(handle)),
+        total_gib=total,
+        free_gib=max(0.0, total - used),
+        used_by_others_gib=max(0.0, used - _ours(pynvml, handle) / GIB),
+        capability=tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle)),
+        uuid=uuid,
+    )
+
+
+def _ours(pynvml, handle) -> int:
+    """Bytes of the GPU's memory that this process holds; 0 where NVML does not tell processes apart (containers)."""
+    try:
+        running = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+    except pynvml.NVMLError:
+        return 0
+    return sum(p.usedGpuMemory or 0 for p in running if p.pid == os.getpid())
+
+
+def _text(value) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def memory_gib() -> tuple[float, float]:
+    """(total, available) main memory in GiB; a container's limit counts where it is lower."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    total, available = memory.total / GIB, memory.available / GIB
+    limit = _container("memory.max")
+    if limit and limit / GIB < total:
+        taken = _container("memory.current") - _container("memory.stat", "inactive_file")  # file pages are given back
+        total, available = limit / GIB, min(available, max(0.0, (limit - taken) / GIB))
+    return total, available
+
+
+def _container(name: str, key: str = "") -> int:
+    """A number of the container's control group; 0 where there is none, or no limit."""
+    try:
+        with open(f"/sys/fs/cgroup/{name}", encoding="ascii") as f:
+            text = f.read()
+        return int(dict(line.split() for line in text.splitlines())[key] if key else text)
+    except (OSError, ValueError, KeyError):
+        return 0
+
+
+def plan(config, lengths, **kwargs):
+    """See `kto_core.memory_plan.plan`."""
+    from .memory_plan import plan
+
+    return plan(config, lengths, **kwargs)
+
+
+def claim(kind: str, name: str):
+    """See `kto_core.gpu_owner.claim`."""
+    from .gpu_owner import claim
+
+    return claim(kind, name)
+
+
+def owner():
+    """See `kto_core.gpu_owner.owner`."""
+    from .gpu_owner import owner
+
+    return owner()
+
+
+def needs_claim() -> bool:
+    """See `kto_core.gpu_owner.needs_claim`."""
+    from .gpu_owner import needs_claim
+
+    return needs_claim()

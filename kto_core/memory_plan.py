@@ -1,0 +1,276 @@
+"""What a run will need at its peak, before anything is loaded: fits, tight, or not, and the one change that helps most.
+
+Counts from the model's sizes (`model_shape`), the settings and the rows' lengths; also chooses how many layers to
+checkpoint and how many tokens to pack into one pass. Knows nothing of torch. All sizes in GiB = 2**30 bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from . import hardware, model_shape
+from .hardware import GIB, Device
+from .model_shape import Shape
+
+if TYPE_CHECKING:
+    from .config import RunConfig
+
+SMALLER = {"20b": "13b", "13b": "7b", "7b": "3b", "3b": "demo"}
+UNKNOWN = 7e9  # parameters assumed of a model whose name tells nothing
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """Bytes per unit of everything that is counted.
+
+    Calibration: ``saved_*`` are the bytes autograd keeps for one token in one decoder layer with LoRA on all seven
+    projections, per unit of hidden size, K/V heads' width and FFN width: a least-squares fit (residual < 1 byte) to
+    ``torch.autograd.graph.saved_tensors_hooks`` over Llama layers of six sizes. The frozen weights' own format does
+    not change them. The rest follows from formats, except ``context``, ``working`` and ``slack``: assumptions, to be
+    measured on a card, for the CUDA context, the temporaries of one layer's backward, and fragmentation.
+    """
+
+    nf4: float = 0.5 + 1 / 64 + 4 / (64 * 256)  # 4 bits, 8 for every 64 weights, a float for 256 of those: 4.127 bits
+    plain4: float = 0.5 + 4 / 64  # without double quantization
+    saved_hidden: tuple[float, float] = (36.1, 24.1)  # 16-bit activations, float32 activations
+    saved_kv: tuple[float, float] = (4.0, 8.0)
+    saved_ffn: tuple[float, float] = (10.0, 16.0)
+    saved_lora: float = 4.0  # per unit of rank, for each adapted projection
+    saved_other: float = 232.0
+    working: float = 1.25  # of one layer's saved bytes, while it is computed again and its gradients flow
+    adapter: float = 4.0 + 4.0  # float32 weight and gradient
+    adam8: float = 2.0 + 8 / 256  # two 8-bit moments, a float for 256 of each
+    adam32: float = 8.0
+    ddp: float = 4.0  # buckets of the gradients' exchange
+    logits: float = 10.0  # 16-bit and float32 logits, float32 gradient; per token of a chunk and vocabulary entry
+    chunk_tokens: int = 1024
+    context: float = 0.6 * GIB
+    process: float = 0.7 * GIB  # main memory of Python with its libraries, on a CPU
+    slack: float = 0.06  # of everything that comes and goes
+    target_tokens: int = 8192  # packing more into one pass gains little
+    safe: float = 0.92  # share of the available memory up to which a plan "fits"
+    aim: float = 0.88  # share that the choice of layers and tokens stays under
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    predicted_gib: float
+    available_gib: float
+    verdict: str  # "fits" | "tight" | "does not fit" | "cpu"
+    advice: str  # the one change that helps most; "" where none is needed
+    parts: dict[str, float]  # GiB of weights, adapters, optimizer, activations, K/V store, logits, …; sums to the total
+    layers: int
+    checkpoint_layers: int  # computed twice instead of kept
+    token_budget: int  # tokens of one pass
+    model: str  # where the model's sizes come from
+    device: str
+
+    def to_dict(self) -> dict:
+        """JSON types; ``predicted_gib``, ``available_gib`` and ``verdict`` are a contract of ``--dry-run --json``."""
+        d = asdict(self)
+        d["parts"] = {k: round(v, 3) for k, v in self.parts.items()}
+        return {**d, "predicted_gib": round(self.predicted_gib, 2), "available_gib": round(self.available_gib, 2)}
+
+
+def plan(
+    config: RunConfig,
+    lengths: Sequence[int] = (),
+    *,
+    device: Device | None = None,
+    coefficients: Coefficients | None = None,
+) -> MemoryPlan:
+    """Predict the peak memory of training ``config`` on rows of these lengths.
+
+    Args:
+        lengths: tokens of each row, prompt and completion; empty: every row is ``max_length`` long.
+        device: the GPU to plan for; default the one of this machine with the least room among ``num_gpus``.
+    """
+    k = coefficients or Coefficients()
+    gpus = [device] if device else hardware.devices()
+    shape = _shape(config)
+    lengths = [min(n, config.max_length) for n in lengths] or [config.max_length]
+    if not gpus:
+        return _on_cpu(config, shape, lengths, k)
+    if config.num_gpus > len(gpus) and device is None:
+        found = _fit(config, shape, lengths, min(g.available_gib for g in gpus), k, gpu=True)
+        advice = f"num_gpus is {config.num_gpus}, but this machine has {len(gpus)}. Set num_gpus to {len(gpus)}."
+        return _made(found, config, shape, "does not fit", advice, gpus[0].name)
+    gpu = min(gpus[: config.num_gpus], key=lambda g: g.available_gib)
+    found = _fit(config, shape, lengths, gpu.available_gib, k, gpu=True)
+    verdict = _verdict(found, k)
+    advice = "" if verdict == "fits" else _advice(config, lengths, gpu, found, k)
+    return _made(found, config, shape, verdict, advice, gpu.name)
+
+
+# ---- counting -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Fit:
+    parts: dict[str, float]
+    available: float
+    checkpoint: int
+    tokens: int
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+
+def _fit(c: RunConfig, s: Shape, lengths: Sequence[int], available: float, k: Coefficients, *, gpu: bool) -> _Fit:
+    """Choose tokens of a pass and layers to checkpoint: the widest pass, then the fewest layers that make it fit."""
+    packed = _engine(c, s) == "packed"
+    longest = max(lengths)
+    rows = max(1, c.effective_batch_size // c.num_gpus)
+    if packed:
+        tokens = max(longest, min(k.target_tokens, math.ceil(rows * sum(lengths) / len(lengths))))
+    else:  # padded to the longest row of the micro-batch
+        tokens = min(c.per_device_train_batch_size, rows) * longest
+    choices = range(s.layers + 1) if packed else (0, s.layers)
+    if c.gradient_checkpointing != "auto":
+        choices = (s.layers if c.gradient_checkpointing else 0,)
+    elif c.engine == "unsloth":  # its own checkpointing is always on
+        choices = (s.layers,)
+
+    def total(checkpoint: int, n: int) -> float:
+        return sum(_parts(c, s, n, checkpoint, k, gpu, packed).values())
+
+    room = available * k.aim
+    checkpoint = next((n for n in choices if total(n, tokens) <= room), choices[-1])
+    if packed and (over := total(checkpoint, tokens)) > room and tokens > longest:
+        slope = (over - total(checkpoint, longest)) / (tokens - longest)
+        fixed = total(checkpoint, longest) - slope * longest
+        tokens = max(longest, min(tokens, int((room - fixed) / slope)))
+    return _Fit(_parts(c, s, tokens, checkpoint, k, gpu, packed), available, checkpoint, tokens)
+
+
+def _parts(c: RunConfig, s: Shape, tokens: int, checkpoint: int, k: Coefficients, gpu: bool, packed: bool) -> dict:
+    """GiB of each part at the peak: the backward pass of the first layers, gradients and optimizer state in place."""
+    wide = c.dtype == "float32" or (c.dtype == "auto" and not gpu)
+    number = 4 if wide else 2
+    four_bits = c.load_in_4bit or s.quantized
+    linear = (k.nf4 if c.bnb_4bit_use_double_quant else k.plain4) if four_bits else number
+    adapters = s.lora_parameters(c.target_modules, c.r)
+    adapted = len(s.adapted(c.target_modules))
+    ffn = s.intermediate * max(1, s.experts_per_token)
+    layer = tokens * (
+        k.saved_hidden[wide] * s.hidden
+        + k.saved_kv[wide] * s.kv_width / 2
+        + k.saved_ffn[wide] * ffn
+        + k.saved_lora * c.r * adapted
+        + k.saved_other
+    )
+    kept = (s.layers - checkpoint) * layer + checkpoint * tokens * s.hidden * number
+    passing = layer * (k.working if checkpoint else k.working - 1)
+    largest = max(a * b for a, b in s.linears.values()) * (max(1, s.experts) if s.experts else 1)
+    bytes_ = {
+        "weights": s.linear_parameters * linear + s.other_parameters * number,
+        "adapters": adapters * (k.adapter + (k.ddp if c.num_gpus > 1 else 0)),
+        "optimizer": adapters * (k.adam8 if "8bit" in c.optim else k.adam32),
+        "activations": kept + passing,
+        "K/V store": s.layers * tokens * s.kv_width * number if packed else 0,
+        "logits": min(tokens, k.chunk_tokens) * s.vocabulary * k.logits,
+        "dequantized layer": 2 * largest * number if four_bits else 0,
+        "CUDA context" if gpu else "program": k.context if gpu else k.process,
+    }
+    moving = bytes_["activations"] + bytes_["K/V store"] + bytes_["logits"] + bytes_["dequantized layer"]
+    bytes_["fragmentation"] = k.slack * moving
+    return {name: b / GIB for name, b in bytes_.items()}
+
+
+def _engine(c: RunConfig, s: Shape) -> str:
+    """auto takes the packed engine for dense decoders, TRL's trainer for mixtures of experts."""
+    return c.engine if c.engine != "auto" else "trl" if s.experts else "packed"
+
+
+def _verdict(found: _Fit, k: Coefficients) -> str:
+    if found.total <= found.available * k.safe:
+        return "fits"
+    return "tight" if found.total <= found.available else "does not fit"
+
+
+def _made(found: _Fit, c: RunConfig, s: Shape, verdict: str, advice: str, device: str) -> MemoryPlan:
+    return MemoryPlan(
+        predicted_gib=found.total,
+        available_gib=found.available,
+        verdict=verdict,
+        advice=advice,
+        parts=found.parts,
+        layers=s.layers,
+        checkpoint_layers=found.checkpoint,
+        token_budget=found.tokens,
+        model=f"{c.model}: {s.parameters / 1e9:.3g} billion parameters, {s.source}",
+        device=device,
+    )
+
+
+# ---- advice ---------------------------------------------------------------------------------------------------------
+
+
+def _on_cpu(c: RunConfig, s: Shape, lengths: Sequence[int], k: Coefficients) -> MemoryPlan:
+    available = hardware.memory_gib()[1]
+    found = _fit(c, s, lengths, available, k, gpu=False)
+    advice = ""
+    if found.total > available:
+        advice = (
+            f"There is no GPU here, and the {found.total:.1f} GiB needed are more than the {available:.1f} GiB of free "
+            "main memory. Take preset demo, or a machine with a GPU."
+        )
+    elif s.parameters > 1e9:
+        advice = "There is no GPU here: a model of this size takes days. Take preset demo, or a machine with a GPU."
+    return _made(found, c, s, "cpu", advice, "CPU")
+
+
+def _advice(c: RunConfig, lengths: Sequence[int], gpu: Device, now: _Fit, k: Coefficients) -> str:
+    """The change that saves most, with its numbers; a smaller model only where no setting is enough."""
+    s = _shape(c)
+    options = []
+    for text, update in _changes(c, lengths):
+        changed = c.model_copy(update=update)
+        cut = [min(n, changed.max_length) for n in lengths]
+        found = _fit(changed, s, cut, gpu.available_gib, k, gpu=True)
+        options.append((found.total, text, found))
+    others = gpu.used_by_others_gib
+    if others > 1:
+        found = _fit(c, s, lengths, gpu.total_gib, k, gpu=True)
+        options.append((found.total - others, f"Close what else uses the card ({others:.1f} GiB)", found))
+    enough = [o for o in options if _verdict(o[2], k) == "fits"]
+    if enough or now.total <= now.available:
+        pool = [o for o in enough or options if o[0] < now.total]
+        if pool:
+            _, text, found = min(pool, key=lambda o: o[0])
+            return f"{text}: {found.total:.1f} of {found.available:.1f} GiB would be needed."
+        return ""
+    if (name := SMALLER.get(c.preset)) is not None:
+        return f"No single setting is enough. Take preset {name}, a smaller model."
+    if options:
+        _, text, found = min(options, key=lambda o: o[0])
+        still = f"{found.total:.1f} GiB would be needed, still more than {found.available:.1f}"
+        return f"{text} and take a smaller model: with this one {still}."
+    return "Take a smaller model."
+
+
+def _shape(c: RunConfig) -> Shape:
+    return model_shape.find(c.model) or model_shape.estimate(UNKNOWN)
+
+
+def _changes(c: RunConfig, lengths: Sequence[int]):
+    """(what to do, update) of each setting that can save memory."""
+    batch, steps = c.per_device_train_batch_size, c.gradient_accumulation_steps
+    if c.gradient_checkpointing is False:
+        yield "Set gradient_checkpointing to auto", {"gradient_checkpointing": "auto"}
+    if not c.load_in_4bit:
+        yield "Set load_in_4bit to true", {"load_in_4bit": True}
+    if batch >= 4 and batch % 2 == 0:
+        update = {"per_device_train_batch_size": batch // 2, "gradient_accumulation_steps": steps * 2}
+        yield f"Set batch size to {batch // 2} and accumulation to {steps * 2}, the same step", update
+    if (longest := max(lengths)) > 256:
+        shorter = 2 ** (math.ceil(math.log2(longest)) - 1)
+        yield f"Set max_length to {shorter}", {"max_length": shorter}
+    if c.r >= 16:
+        yield f"Set r to {c.r // 2} and lora_alpha to {c.lora_alpha // 2}", {"r": c.r // 2}
+    if "8bit" not in c.optim:
+        yield "Set optim to adamw_8bit", {"optim": "adamw_8bit"}
