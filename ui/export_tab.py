@@ -30,7 +30,7 @@ def build(ctx: Context) -> None:
             files, empty = _download_controls()
             push = _push_controls()
     shown = [facts, disk, file, empty, *files, merge, convert, check, push[-1]]
-    version = gr.State(())  # changes when the page has something new to show
+    version = gr.State(())  # of what the page shows
     with area:
         jobs_view.build(ctx, JOB)
     _refresh(ctx, chosen, quants, push[3], version, shown, disk)
@@ -42,7 +42,7 @@ def build(ctx: Context) -> None:
 
 
 def _make_controls():
-    with gr.Group(elem_classes="panel"):
+    with gr.Column(elem_classes="panel"):
         gr.HTML(
             "<h3>Make files</h3><p>For llama.cpp, Ollama, LM Studio and other programs.</p>", elem_classes="panel-head"
         )
@@ -61,7 +61,7 @@ def _make_controls():
 
 
 def _check_controls():
-    with gr.Group(elem_classes="panel"):
+    with gr.Column(elem_classes="panel"):
         gr.HTML(
             "<h3>Check in llama.cpp</h3><p>Loads the file and answers, as Ollama would.</p>", elem_classes="panel-head"
         )
@@ -73,7 +73,7 @@ def _check_controls():
 
 
 def _download_controls():
-    with gr.Group(elem_classes="panel"):
+    with gr.Column(elem_classes="panel"):
         gr.HTML("<h3>Download</h3><p>What was made of this run.</p>", elem_classes="panel-head")
         empty = gr.HTML('<div class="note">Nothing yet. Choose a run, then create GGUF files.</div>', show_label=False)
         files = [
@@ -84,7 +84,7 @@ def _download_controls():
 
 
 def _push_controls():
-    with gr.Group(elem_classes="panel"):
+    with gr.Column(elem_classes="panel"):
         gr.HTML(
             "<h3>Push to the Hugging Face Hub</h3><p>With a model card: base, data, settings, metrics.</p>",
             elem_classes="panel-head",
@@ -150,15 +150,21 @@ def merged(folder: Path) -> bool:
     return (folder / "exports" / "merged" / "config.json").is_file()
 
 
-def parameters(run) -> float | None:
-    """Weights of the base model, None if nobody knows (not loaded yet, no network)."""
-    try:
-        return model.model_facts(run.config().config.model).parameters
-    except KTOError:
-        return None
+_parameters: dict[str, float | None] = {}  # model -> weights; asking may take a request to the Hub
 
 
-def show_run(name: str | None, quants: list[str]) -> tuple:
+def parameters(run, ask: bool = True) -> float | None:
+    """Weights of the base model; None if nobody knows, or nobody asked yet and ``ask`` is False."""
+    name = run.config().config.model
+    if ask and _parameters.get(name) is None:
+        try:
+            _parameters[name] = model.model_facts(name).parameters
+        except KTOError:
+            _parameters[name] = None
+    return _parameters.get(name)
+
+
+def show_run(name: str | None, quants: list[str], ask: bool = True) -> tuple:
     """Values for the run's facts, disk, file list, download buttons and actions."""
     folder = _folder(name)
     if folder is None:
@@ -173,7 +179,7 @@ def show_run(name: str | None, quants: list[str]) -> tuple:
         gr.update(label=f"{p.name}  ({export_view.size(p.stat().st_size)})", value=str(p), visible=True) for p in files
     ]
     buttons += [gr.update(visible=False, value=None)] * (export_view.DOWNLOADS - len(files))
-    need = export_view.needed(parameters(run), quants, merged(folder))
+    need = export_view.needed(parameters(run, ask), quants, merged(folder))
     ready = gr.update(interactive=True)
     return (
         export_view.facts(summary(run)),
@@ -192,16 +198,21 @@ def _refresh(ctx: Context, chosen, quants, token, version, shown: list, disk) ->
     def state() -> tuple:
         return chat_models.signature(), sum(not j.running for j in jobs_view.mine(JOB))
 
-    def tick(before: tuple, name: str | None):
+    def tick(before: tuple, name: str | None, asked: list[str]):
         now = state()
         if now == before:
-            return gr.skip(), gr.skip()
+            return (gr.skip(),) * (2 + len(shown))
         names = [r.id for r in chat_models.with_adapter()]
-        return gr.update(choices=names, value=name if name in names else next(iter(names), None)), now
+        name = name if name in names else next(iter(names), None)
+        return gr.update(choices=names, value=name), now, *show_run(name, asked, ask=False)
 
-    def opened(name: str | None):
-        present = bool(export.token_present())
-        return *tick((), name), gr.update(info=export_view.token_note(present))
+    def opened(name: str | None, asked: list[str]):
+        note = export_view.token_note(bool(export.token_present()))
+        return gr.update(info=note), *tick((), name, asked)
+
+    def follow(name: str | None):
+        """A run chosen in Train is the one to export."""
+        return name if name in [r.id for r in chat_models.with_adapter()] else gr.skip()
 
     def room(name: str | None, asked: list[str]):
         folder = _folder(name)
@@ -211,12 +222,11 @@ def _refresh(ctx: Context, chosen, quants, token, version, shown: list, disk) ->
             export_view.needed(parameters(find(name)), asked, merged(folder)), export_view.free(folder)
         )
 
-    ctx.on_tick(tick, [chosen, version], [version, chosen])
-    ctx.on_load(opened, [chosen, version, token], [ctx.chosen_run])
-    for event in (version.change, chosen.change):
-        event(ctx.guarded(show_run), [chosen, quants], shown, **QUICK)
+    ctx.on_tick(tick, [chosen, version, *shown], [version, chosen, quants])
+    ctx.on_load(opened, [token, chosen, version, *shown], [ctx.chosen_run, quants])
+    chosen.change(ctx.guarded(show_run), [chosen, quants], shown, **QUICK)
     quants.change(ctx.guarded(room), [chosen, quants], [disk], **QUICK)
-    ctx.chosen_run.change(ctx.guarded(lambda name: tick((), name)), [ctx.chosen_run], [chosen, version], **QUICK)
+    ctx.chosen_run.change(ctx.guarded(follow), [ctx.chosen_run], [chosen], **QUICK)
 
 
 # ---- what is done

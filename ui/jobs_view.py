@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import gradio as gr
 
@@ -69,30 +69,25 @@ def _line(job: jobs.Job, prefix: str) -> str:
     )
 
 
-def build(ctx: Context, prefix: str, on_end: Callable[[], Sequence] | None = None, outputs: Sequence = ()) -> gr.HTML:
-    """Show the jobs of ``prefix`` on the timer, with Cancel while one runs.
+def build(ctx: Context, prefix: str) -> None:
+    """Show the jobs of ``prefix`` on the timer, with Cancel while one runs."""
+    with gr.Row(equal_height=True):
+        area = gr.HTML("", visible=False, elem_classes="jobs", show_label=False)
+        cancel = gr.Button(
+            "Cancel", variant="stop", visible=False, scale=0, min_width=110, elem_id=f"cancel-{prefix.strip().lower()}"
+        )
+    seen = gr.State("")
 
-    Args:
-        on_end: called when a job has ended and when the page opens; its values go to ``outputs``.
-    """
-    area = gr.HTML("", visible=False, elem_classes="jobs", show_label=False)
-    cancel = gr.Button("Cancel", variant="stop", size="sm", visible=False, elem_id=f"cancel-{prefix.strip().lower()}")
-    seen = gr.State(("", -1))
-
-    def tick(before):
-        found = mine(prefix)
-        text, ended = view(found, prefix), sum(not j.running for j in found)
-        if (text, ended) == tuple(before):
-            return (gr.skip(),) * (3 + len(outputs))
-        rest = tuple(on_end()) if on_end and ended != before[1] else (gr.skip(),) * len(outputs)
-        running = any(j.running for j in found)
-        return gr.update(value=text, visible=bool(text)), gr.update(visible=running), (text, ended), *rest
+    def tick(before: str):
+        text = view(mine(prefix), prefix)
+        if text == before:
+            return (gr.skip(),) * 3
+        return gr.update(value=text, visible=bool(text)), gr.update(visible=busy(prefix) is not None), text
 
     def stop():
         if job := busy(prefix):
             job.cancel()
 
-    ctx.on_tick(tick, [area, cancel, seen, *outputs], [seen])
-    ctx.on_load(lambda: tick(("", -1)), [area, cancel, seen, *outputs])
+    ctx.on_tick(tick, [area, cancel, seen], [seen])
+    ctx.on_load(lambda: tick("-"), [area, cancel, seen])
     cancel.click(ctx.guarded(stop), None, None, queue=False, api_visibility="private")
-    return area
