@@ -76,7 +76,10 @@ def _version(package: str) -> str | None:
 
 def _packages(file: Path) -> list[Check]:
     """Every line of a requirements file against what is installed."""
-    from packaging.requirements import InvalidRequirement, Requirement
+    try:
+        from packaging.requirements import InvalidRequirement, Requirement
+    except ImportError:  # nothing is installed yet: pip brings a copy of its own
+        from pip._vendor.packaging.requirements import InvalidRequirement, Requirement
 
     install = f"python -m pip install -r {file.name}"
     try:
@@ -110,7 +113,7 @@ def _optional(unsloth: bool, gpu: bool) -> Check:
         )  # fmt: skip
     if unsloth:
         return Check("Unsloth", True, "installed; engine unsloth can be chosen")
-    remedy = "For engine unsloth: python -m pip install -r requirements-unsloth.txt, in a virtual environment of its own."
+    remedy = "For engine unsloth: pip install -r requirements-unsloth.txt, in a virtual environment of its own."
     return Check("Unsloth", None, "not installed (optional)", remedy if gpu else "It needs an NVIDIA GPU.")
 
 
@@ -195,7 +198,7 @@ def _gpu(gpu: hardware.Device) -> Check:
     )
     name = f"GPU {gpu.index}"
     if gpu.capability < (7, 5):
-        return Check(name, False, value, "This card is too old for the CUDA build of torch. Use one from 2018 or later.")
+        return Check(name, False, value, "The card is too old for torch's CUDA build. Use one from 2018 or later.")
     if gpu.available_gib < 6:
         return Check(name, None, value, "Less than 6 GiB are free: close other programs, or take preset demo or 3b.")
     if gpu.capability < (8, 0):
@@ -214,7 +217,10 @@ def _no_gpu() -> Check:
 
 
 def _memory() -> Check:
-    total, available = hardware.memory_gib()
+    try:
+        total, available = hardware.memory_gib()
+    except ImportError:
+        return Check("Memory", None, "unknown without psutil", "Install the packages above first.")
     value = f"{total:.1f} GiB, {available:.1f} available, {os.cpu_count()} CPU cores"
     if available < 3:
         return Check("Memory", False, value, "Preset demo needs about 3 GiB: close other programs.")
@@ -256,7 +262,7 @@ def _token() -> Check:
 
         present = bool(get_token())
     except Exception as e:  # not installed, or its file cannot be read
-        return Check("Hub token", None, f"cannot be looked up ({type(e).__name__})", "Install the packages above first.")
+        return Check("Hub token", None, f"cannot be read ({type(e).__name__})", "Install the packages above first.")
     if present:
         return Check("Hub token", True, "present")
     return Check("Hub token", None, "none", "Only for gated models and uploads: `hf auth login`, or set HF_TOKEN.")
