@@ -1,0 +1,164 @@
+"""Records of tables: CSV files, Parquet files and Hub data sets, one dict a row.
+
+This module knows nothing of prompts and labels, except for the columns that may hold messages as text.
+"""
+
+from __future__ import annotations
+
+import ast
+import csv
+import io
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import orjson
+
+from .errors import DataError
+from .rows import COLUMNS, DroppedRow, shorten
+
+_MESSAGES = tuple(sorted(COLUMNS - {"label", "tools"}))
+_UNREACHABLE = ("ConnectionError", "ConnectError", "ConnectTimeout", "ReadTimeout", "OfflineModeIsEnabled")
+
+
+def is_broken(value: object) -> bool:
+    """Whether text read with ``surrogateescape`` had bytes that are not UTF-8."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+        return False
+    except UnicodeEncodeError:
+        return True
+
+
+def csv_rows(file, name: str) -> Iterator[object]:
+    """Rows as dicts. Cells of message columns that hold a list of messages are decoded."""
+    csv.field_size_limit(2**31 - 1)
+    text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
+    first = text.readline()
+    delimiter = _delimiter(first)
+    rows = csv.reader(_chain(first, text), delimiter=delimiter, strict=True)
+    header = None
+    while True:
+        before = rows.line_num
+        try:
+            cells = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as e:
+            yield DroppedRow("not valid CSV", f"from line {before + 1}: {e}")
+            continue
+        if not cells or cells == [""]:
+            continue
+        if header is None:
+            header = [c.strip() for c in cells]
+            if twice := sorted({c for c in header if header.count(c) > 1}):
+                raise DataError(f"{name} has the column {shorten(twice[0])} twice. Rename one of them.")
+            continue
+        if len(cells) > len(header):
+            yield DroppedRow("more cells than columns", f"{len(cells)} instead of {len(header)}")
+            continue
+        row = dict(zip(header, cells, strict=False))
+        if any(not c.isascii() and is_broken(c) for c in cells):
+            yield DroppedRow("not valid UTF-8")
+            continue
+        for column in _MESSAGES:
+            if (cell := row.get(column)) and cell.lstrip()[:1] in ("[", "{"):
+                row[column] = _cell_messages(cell)
+        yield row
+
+
+def _chain(first: str, rest: Iterable[str]) -> Iterator[str]:
+    if first:
+        yield first
+    yield from rest
+
+
+def _delimiter(header: str) -> str:
+    """The one that finds most of the columns we know, else most columns."""
+
+    def score(d: str) -> tuple[int, int]:
+        cells = [c.strip().strip('"') for c in header.split(d)]
+        return sum(c in COLUMNS for c in cells), len(cells)
+
+    return max(",;\t|", key=score)
+
+
+def _cell_messages(cell: str) -> object:
+    """The messages written in a cell, as JSON or as Python shows them (what pandas writes); else the text itself."""
+    for read in (orjson.loads, ast.literal_eval):
+        try:
+            found = read(cell.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            continue
+        items = found if isinstance(found, list) else [found]
+        if items and all(isinstance(m, dict) and ("role" in m or "from" in m) for m in items):
+            return found
+    return cell
+
+
+# --- Arrow: Parquet and the Hub ---------------------------------------------------------------------------------------
+
+
+def parquet_batches(path: Path) -> Iterator:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        yield from pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1000)
+    except (pyarrow.ArrowException, OSError) as e:
+        raise DataError(f"{path.name} is not a whole Parquet file ({shorten(str(e))}). Save it again.") from None
+
+
+def arrow_rows(batches: Iterable) -> Iterator[dict]:
+    for batch in batches:
+        for row in batch.to_pylist():
+            for column in (*_MESSAGES, "tools"):
+                if isinstance(row.get(column), list | dict):
+                    row[column] = _without_null(row[column])
+            yield row
+
+
+def _without_null(value):
+    """Arrow gives all structs of a column the same fields: those that a row did not have are null."""
+    if isinstance(value, list):
+        return [_without_null(v) for v in value]
+    if isinstance(value, dict):
+        return {k: _without_null(v) for k, v in value.items() if v is not None or k == "content"}
+    return value
+
+
+def hub_batches(source: str, split: str) -> Iterator:
+    """Arrow batches of one split of a Hub data set (``owner/name`` or ``owner/name:config``).
+
+    Raises:
+        DataError: not found, no network, unknown split or configuration.
+    """
+    import datasets
+
+    repo, _, config = source.partition(":")
+    try:
+        found = datasets.load_dataset(repo, config or None, split=split)
+    except Exception as e:  # every layer of the library has errors of its own
+        raise DataError(_hub_problem(e, source, split)) from e
+    return (table for table in found.with_format("arrow").iter(1000))
+
+
+def _hub_problem(e: Exception, source: str, split: str) -> str:
+    text = str(e)
+    chain, names = e, []
+    while chain is not None and len(names) < 10:
+        names.append(type(chain).__name__)
+        chain = chain.__cause__ or chain.__context__
+    if "Unknown split" in text:
+        known = text.partition("Should be one of")[2].strip(" .")
+        return f"{source} has no split {split}. Its splits: {known.strip('[]') or 'unknown'}."
+    if "Config name is missing" in text or "BuilderConfig" in text:
+        return f"{source} has several configurations: name one as {source.partition(':')[0]}:NAME. {shorten(text, 300)}"
+    if any(n in _UNREACHABLE for n in names):
+        return f"The Hub cannot be reached for {source}. Check the network, or give a file instead."
+    if "NotFound" in names[0]:
+        return (
+            f"{source} is neither a file here nor a data set on the Hub that you may read. "
+            "Check the name; for a private or gated one, log in with `hf auth login`."
+        )
+    return f"{source} cannot be loaded from the Hub: {shorten(text, 200) or names[0]}. Check the name and the split."
