@@ -51,24 +51,13 @@ def run_check(args: argparse.Namespace) -> int:
 
             bar(None, "Reading the model's tokenizer…")
             tokenizer = load_tokenizer(args.model)
-        report = dataset.check(loaded, tokenizer, args.max_length)
+        report = dataset.check(loaded, tokenizer, args.max_length, progress=bar)
     found = report.to_dict()
     output.emit(found) if args.json else output.show(describe(found, loaded.source))
-    if problem := untrainable(found):
-        output.say(problem)
+    if report.problem:
+        output.say(report.problem)
         return output.FAILED
     return output.OK
-
-
-def untrainable(report: dict) -> str:
-    """Why this data cannot be trained on, in a sentence; "" if it can. KTO needs both labels and two rows."""
-    if not report["kept"]:
-        return "No row can be used. The reasons are under 'dropped'; the accepted forms are in README, 'Data formats'."
-    if not report["desirable"] or not report["undesirable"]:
-        if report["desirable"]:
-            return "All rows are desirable: KTO learns from the difference. Add undesirable rows (label false)."
-        return "All rows are undesirable: KTO learns from the difference. Add desirable rows (label true)."
-    return ""
 
 
 def describe(report: dict, source: str) -> str:
@@ -81,23 +70,15 @@ def describe(report: dict, source: str) -> str:
         + (f" ({100 * good / (good + bad):.0f} % desirable)" if good + bad else ""),
         f"duplicates   {report['duplicates']:,}; with both labels: {report['conflicts']:,}",
     ]
-    dropped, changed = report.get("dropped") or {}, report.get("changed") or {}
-    lines += [f"dropped      {count:,}: {reason}" for reason, count in dropped.items()]
-    lines += (
-        [f"changed      {count:,}: {reason}" for reason, count in changed.items()] if isinstance(changed, dict) else []
-    )
-    if lengths := report.get("lengths"):
-        lines.append(
-            "lengths      " + ", ".join(f"{k} {v:,}" for k, v in lengths.items() if isinstance(v, int | float))
-        )
-    if report.get("truncated") is not None:
+    lines += [f"dropped      {count:,}: {reason}" for reason, count in report["dropped"].items()]
+    lines += [f"changed      {count:,}: {reason}" for reason, count in report["changed"].items()]
+    lengths = ", ".join(f"{k} {v:,}" for k, v in report["lengths"].items())
+    lines.append(f"lengths      {lengths} {report['lengths_unit']}")
+    if "truncated" in report:
         lines.append(f"cut          {report['truncated']:,} prompts cut, {report['too_long']:,} rows too long")
-    if (weights := report.get("weights")) and good and bad:
-        lines.append(
-            "weights      desirable {:.2f} to {:.2f} (undesirable 1), or undesirable {:.2f} to {:.2f}".format(
-                *weights["desirable"], *weights["undesirable"]
-            )
-        )
+    if good and bad:
+        (a, b), (c, d) = report["weights"]["desirable"], report["weights"]["undesirable"]
+        lines.append(f"weights      desirable {a:.2f} to {b:.2f} (undesirable 1), or undesirable {c:.2f} to {d:.2f}")
     return "\n".join(lines)
 
 
@@ -105,9 +86,8 @@ def run_convert(args: argparse.Namespace) -> int:
     from kto_core import dataset
 
     with output.Bar() as bar:
-        loaded = dataset.load(args.file, args.split, progress=bar)
-        dataset.save(loaded.rows, args.out, args.to, progress=bar)
+        loaded = dataset.convert(args.file, args.to, args.out, args.split, progress=bar)
     output.say(f"{len(loaded.rows):,} rows written to {args.out}.")
-    if lost := loaded.report.to_dict()["dropped"]:
+    if lost := loaded.report.dropped:
         output.say("Left out: " + "; ".join(f"{count:,} {reason}" for reason, count in lost.items()) + ".")
     return output.OK

@@ -14,6 +14,7 @@ from kto_core.errors import RunError
 from . import output
 
 POLL = 0.2  # seconds between two looks at the events
+PATIENCE = 10  # seconds a run has to stop now
 SHOWN = (
     ("loss", "loss {:.4f}"),
     ("rewards/margins", "margin {:+.4f}"),
@@ -32,8 +33,8 @@ class Interrupts:
     def _hit(self, *_) -> None:
         self.count += 1
         self.cancel.set()
-        if self.count > 2:  # whoever holds the main thread does not look at us
-            os._exit(output.INTERRUPTED)
+        if self.count > 2:
+            leave()
 
     def __enter__(self) -> Interrupts:
         self._before = {}
@@ -46,39 +47,7 @@ class Interrupts:
             signal.signal(number, handler)
 
 
-def follow(run, interrupts: Interrupts) -> int:
-    """Show a run's progress until it ends.
-
-    The first Ctrl-C asks the run to stop after the step and save. The second does not wait for that: a run in this
-    process ends at once (and goes on from its last checkpoint), one in its own process stops by itself a little later.
-
-    Returns:
-        0 finished (or stopped by somebody else, and saved), 1 failed or interrupted, 130 stopped with Ctrl-C.
-    """
-    screen, asked, started = _Screen(), False, time.time()
-    while True:
-        state = run.state()
-        screen.update(state)
-        if state.terminal:
-            break
-        if interrupts.count and not asked:
-            asked = True
-            run.stop()
-            screen.line("Stopping after this step and saving. Ctrl-C again does not wait.")
-        if interrupts.count > 1:
-            screen.close()
-            output.say(f"Not waiting. Later: python -m kto_core runs resume {run.id}")
-            _leave()
-        if not run.alive() and time.time() - started > 5:
-            state = run.state()  # its last words may have come between the two looks
-            screen.update(state)
-            break
-        time.sleep(POLL)
-    screen.close()
-    return _verdict(run, state, asked)
-
-
-def _leave() -> None:
+def leave() -> None:
     """End this process now, a training thread inside it included."""
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
@@ -86,17 +55,44 @@ def _leave() -> None:
     os._exit(output.INTERRUPTED)
 
 
+def follow(run, interrupts: Interrupts) -> int:
+    """Show a run's progress until it ends.
+
+    The first Ctrl-C asks the run to stop after its step and save, the second to stop now; a run in this process that
+    does not within `PATIENCE` seconds ends with the process, and goes on from its last checkpoint when resumed.
+
+    Returns:
+        0 finished (or stopped by somebody else, and saved), 1 failed or interrupted, 130 stopped with Ctrl-C.
+    """
+    screen, asked, deadline = _Screen(), 0, 0.0
+    while not screen.update(run.state()).terminal:
+        if interrupts.count > asked:
+            asked += 1
+            deadline = time.monotonic() + PATIENCE
+            with contextlib.suppress(RunError):  # it ended by itself meanwhile
+                run.stop()
+            screen.line("Stopping now." if asked > 1 else "Stopping after this step and saving. Ctrl-C again: now.")
+        if asked > 1 and time.monotonic() > deadline:
+            screen.close()
+            output.say(f"Not waiting any longer. Later: python -m kto_core runs resume {run.id}")
+            leave()
+        time.sleep(POLL)
+    screen.close()
+    return _verdict(run, run.state(), asked > 0)
+
+
 def _verdict(run, state, asked: bool) -> int:
+    again = f"Go on: python -m kto_core runs resume {run.id}"
     if state.state == "finished":
-        output.say(f"Finished after {state.step} steps. Talk to it: python -m kto_core chat {run.id}")
+        output.say(f"Finished after {state.step:,} steps. Talk to it: python -m kto_core chat {run.id}")
         return output.OK
     if state.state == "stopped":
-        output.say(f"Stopped after step {state.step}, saved. Go on: python -m kto_core runs resume {run.id}")
+        output.say(f"{state.message or f'Stopped after step {state.step:,}.'} {again}")
         return output.INTERRUPTED if asked else output.OK
     if state.state == "failed":
-        output.say(f"Failed: {state.error or state.message or 'see ' + str(run.path / 'events.jsonl')}")
+        output.say(f"Failed: {state.error or state.message}")
         return output.FAILED
-    output.say(f"Interrupted after step {state.step}. Go on: python -m kto_core runs resume {run.id}")
+    output.say(f"{state.message or 'Interrupted.'} {again}")
     return output.INTERRUPTED if asked else output.FAILED
 
 
@@ -112,22 +108,24 @@ class _Screen:
         else:
             self.bar.write(text, file=sys.stderr)
 
-    def update(self, state) -> None:
-        if len(state.logs) < self.logs or len(state.metrics) < self.metrics:  # resumed: events were taken back
-            self.logs, self.metrics = min(self.logs, len(state.logs)), min(self.metrics, len(state.metrics))
+    def update(self, state):
+        """Show what is new; returns ``state``."""
+        # fewer than before: the run was resumed and its later events were taken back
+        self.logs, self.metrics = min(self.logs, len(state.logs)), min(self.metrics, len(state.metrics))
         for entry in state.logs[self.logs :]:
             if entry["level"] != "error":  # the verdict says it
                 self.line(entry["text"])
-        self.logs = len(state.logs)
         if state.message and state.message != self.status and not state.terminal:
             self.status = state.message
             self.line(state.message)
-        new, self.metrics = state.metrics[self.metrics :], len(state.metrics)
+        new = state.metrics[self.metrics :]
+        self.logs, self.metrics = len(state.logs), len(state.metrics)
         if sys.stderr.isatty() and state.total_steps:
             self._draw(state)
-            return
-        for metric in new:
-            self.line(progress_line(metric, state.total_steps))
+        else:
+            for metric in new:
+                self.line(progress_line(metric, state.total_steps))
+        return state
 
     def _draw(self, state) -> None:
         from tqdm import tqdm
@@ -170,7 +168,7 @@ def wait_stopped(run, timeout: float) -> None:
         RunError: it has not within ``timeout`` seconds.
     """
     end = time.monotonic() + timeout
-    while run.alive() and not run.state().terminal:
+    while run.alive():
         if time.monotonic() > end:
             raise RunError(f"{run.id} was asked to stop and is still in its step. Look again with: runs show {run.id}")
         time.sleep(POLL)

@@ -101,10 +101,10 @@ def _clean_stdout(wanted: bool) -> Iterator[None]:
 
 
 class Bar:
-    """A `Progress` for the terminal: a bar where there is one, else a line whenever the text changes."""
+    """A `Progress` for the terminal: a bar where there is one, else a line a second while the text changes."""
 
     def __init__(self):
-        self._bar, self._text, self._shown = None, "", 0.0
+        self._bar, self._text, self._shown = None, "", time.monotonic()
 
     def __call__(self, fraction: float | None, text: str) -> None:
         if not sys.stderr.isatty():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 
-from kto_core.errors import RunError
+from kto_core.errors import ConfigError
 
 from . import output
 
@@ -67,8 +67,8 @@ def summary(r) -> dict:
     try:
         config = r.config().config
         model, preset = config.model, config.preset
-    except Exception as e:  # a hand-made or half-written folder must not hide the others
-        model, preset = f"unreadable config.yaml ({type(e).__name__})", None
+    except ConfigError:  # a hand-made or half-written folder must not hide the others
+        model, preset = "config.yaml cannot be read", None
     return {
         "id": r.id,
         "path": str(r.path),
@@ -130,8 +130,6 @@ def run_stop(args: argparse.Namespace) -> int:
     from .follow import wait_stopped
 
     r = run.find(args.name)
-    if r.state().terminal or not r.alive():
-        raise RunError(f"{r.id} does not run ({r.state().state}). 'runs list' shows what does.")
     r.stop()
     if args.wait:
         wait_stopped(r, args.wait)
@@ -148,7 +146,7 @@ def run_resume(args: argparse.Namespace) -> int:
 
     r = run.find(args.name)
     with Interrupts() as interrupts:
-        r = run.resume(r) or r
+        run.resume(r)
         code = follow(r, interrupts)
     if args.json:
         output.emit(summary(r))

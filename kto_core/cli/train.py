@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from pathlib import Path
 
 from kto_core.errors import RunError
@@ -12,9 +13,9 @@ from . import output
 OWN = ("preset", "data")  # fields whose flags are written out below
 
 CTRL_C = """\
-Ctrl-C ends the run after its step and saves it; a second Ctrl-C does not wait for that: with --worker thread the
-run ends at once and can be resumed from its last checkpoint, with --worker process it stops by itself a little later.
-The run of an output folder that has checkpoints goes on from the last one."""
+Ctrl-C ends the run after its step and saves it, a second one ends it now; it can be resumed from its last checkpoint.
+With --worker process the run goes on when this terminal is closed ('runs show', 'runs stop'). The run of an output
+folder that has checkpoints goes on from the last one."""
 
 
 def add(commands: argparse._SubParsersAction, argv: list[str]) -> None:
@@ -91,14 +92,21 @@ def run(args: argparse.Namespace) -> int:
 def dry_run(resolved, args: argparse.Namespace) -> int:
     from kto_core.train import dry_run
 
-    from .data import untrainable
-
-    found = dry_run(resolved.config)
+    with output.Bar() as bar:
+        found = dry_run(resolved.config, bar)
     output.emit(found) if args.json else output.show(describe(found, resolved.origins))
-    if problem := untrainable(found["data"]):
+    if problem := _problem(found["data"]):
         output.say(problem)
         return output.FAILED
     return output.OK
+
+
+def _problem(data: dict) -> str:
+    """Why these rows cannot be trained on; "" if they can."""
+    from kto_core.report import Report
+
+    counts = {k: data[k] for k in ("rows", "kept", "desirable", "undesirable")}
+    return Report(**counts, dropped=Counter(data["dropped"]), fitting=(data["desirable"], data["undesirable"])).problem
 
 
 def describe(found: dict, origins: dict) -> str:
@@ -115,7 +123,7 @@ def describe(found: dict, origins: dict) -> str:
     lines += [f"  {k.ljust(width)}  {v}" + (f"  [{origins[k]}]" if k in origins else "") for k, v in settings.items()]
     lines += ["Data", "  " + data.describe(found["data"], settings.get("data") or "data").replace("\n", "\n  ")]
     lines += [f"Steps   {found['steps']:,}", f"Memory  {memory['verdict']}: {need}"]
-    lines += [f"        {memory['advice']}"] if memory.get("advice") else []
+    lines += [f"        {memory['advice']}"] if memory["advice"] else []
     return "\n".join(lines)
 
 
@@ -126,38 +134,61 @@ def start(resolved, args: argparse.Namespace) -> int:
     from .follow import Interrupts, follow
     from .runs import summary
 
+    r = _existing(resolved.config.output_dir, args)
+    if r is None and not resolved.config.data:
+        output.say("Name the data: --data FILE, or the Hub id of a data set.")
+        return output.USAGE
     with Interrupts() as interrupts:
-        r = _existing(resolved.config.output_dir, args)
-        if r is not None:
-            output.say(f"Run {r.id}: going on from its last checkpoint.")
-            r = runs.resume(r) or r
-        else:
+        if r is None:
             r = runs.create(resolved)
             output.say(f"Run {r.id}: {resolved.config.model}. Folder: {r.path}")
             runs.start(r)
-        if resolved.config.worker == "process":
-            output.say("It runs in its own process and outlives this terminal: 'runs show', 'runs stop'.")
+        else:
+            _say_unused(r, args)
+            output.say(f"Run {r.id}: going on from {r.checkpoints()[-1].name}.")
+            runs.resume(r)
         code = follow(r, interrupts)
     if args.json:
         output.emit(summary(r))
     return code
 
 
-def _existing(output_dir: str | None, args: argparse.Namespace):
-    """The run to go on with: the output folder's, if it has checkpoints; with --resume and no folder, the newest."""
+def _existing(output_dir: str, args: argparse.Namespace):
+    """The run to go on with: the output folder's, if it has checkpoints; with --resume and no folder, the newest.
+
+    Raises:
+        RunError: --resume, but there is nothing to go on from; or that run has finished.
+    """
     from kto_core import run as runs
 
     if args.no_resume:
         return None
-    if output_dir and Path(output_dir).is_dir():
-        found = runs.find(output_dir) if (Path(output_dir) / "config.yaml").is_file() else None
+    if output_dir:
+        found = runs.find(output_dir) if (Path(output_dir).expanduser() / "config.yaml").is_file() else None
+    elif args.resume:
+        ended = ("stopped", "failed", "interrupted")
+        found = next((r for r in runs.list_runs() if r.state().state in ended and r.checkpoints()), None)
     else:
-        unfinished = (
-            r for r in runs.list_runs() if r.state().state in ("stopped", "failed", "interrupted") and r.checkpoints()
+        return None
+    if found is None or not found.checkpoints():
+        if args.resume:
+            raise RunError("There is no checkpoint to go on from. Leave --resume out to start anew.")
+        return None
+    if found.state().state == "finished":
+        raise RunError(
+            f"The run in {found.path} has finished. Choose another --output-dir, or add --no-resume to train anew "
+            "(the finished run is kept under another name)."
         )
-        found = next(unfinished, None) if args.resume and not output_dir else None
-    if found is not None and found.checkpoints():
-        return found
-    if args.resume:
-        raise RunError("There is no checkpoint to go on from. Leave --resume out to start anew.")
-    return None
+    return found
+
+
+def _say_unused(run, args: argparse.Namespace) -> None:
+    """A run goes on with its own settings: name the flags that differ from them."""
+    from kto_core import config
+
+    own = run.config().config
+    given = config.resolve(args.preset or args.model_size or own.preset, overrides(args)).config
+    names = [n for n in overrides(args) if n != "output_dir" and getattr(given, n) != getattr(own, n)]
+    names = [n for n in names if n != "data" or Path(given.data).resolve() != Path(own.data)]
+    if names:
+        output.say(f"Not used, the run goes on with its own settings: {', '.join(names)}. (--no-resume starts anew.)")
