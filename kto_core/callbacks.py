@@ -1,0 +1,152 @@
+"""What happens beside the training steps: metrics to the event log, an answer to a stop, what a stuck loss means."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+from .errors import ModelError
+from .events import EventLog
+from .stopping import StopNow, StopWatch
+
+SUMMARY = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos", "train_loss")
+
+
+def run_callback(*args, **kwargs):
+    """A `RunCallback` that transformers' Trainer accepts."""
+    from transformers import TrainerCallback
+
+    return type("RunCallback", (RunCallback, TrainerCallback), {})(*args, **kwargs)
+
+
+class RunCallback:
+    """Metrics, status and checkpoints of one training as events; stops it when asked.
+
+    Args:
+        events: the run's log (of the main process only).
+        watch: the stop file's watcher.
+        facts: of the run: ``learning_rate``, ``batch`` and ``micro_batch`` rows, ``labels`` (of the planned rows, in
+            order), ``mean_tokens`` a row, ``mean_weight``, ``resumed_from`` step or None.
+        restore: called when training begins, to go on with averages that were begun before a checkpoint.
+    """
+
+    def __init__(self, events: EventLog, watch: StopWatch, facts: dict, restore: Callable[[], None] | None = None):
+        self.events, self.watch, self.facts, self.restore = events, watch, facts, restore
+        self.stuck = StuckLoss(facts)
+
+    def on_train_begin(self, args, state, control, **_):
+        if self.restore:
+            self.restore()
+        self.first_step, self.start = state.global_step, time.monotonic()
+        self.last_step, self.last_time, self.last_tokens = state.global_step, self.start, None
+        fields = {"total_steps": state.max_steps, "message": f"Training: {state.max_steps:,} steps."}
+        if self.facts.get("resumed_from") is not None:
+            fields["resumed_from"] = state.global_step
+        if state.global_step:
+            fields["message"] = f"Going on after step {state.global_step:,} of {state.max_steps:,}."
+        if not self.watch.asked.is_set():
+            self.events.status("training", **fields)
+
+    def on_substep_end(self, args, state, control, **_):
+        if self.watch.now.is_set():
+            raise StopNow("Stopped at once, without saving the step in progress.")
+
+    def on_step_end(self, args, state, control, **_):
+        if self.watch.now.is_set():
+            raise StopNow("Stopped at once; the last checkpoint is the newest saved state.")
+        if self.watch.look():
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+
+    def on_save(self, args, state, control, **_):
+        self.events.append("checkpoint", step=state.global_step, path=f"checkpoints/checkpoint-{state.global_step}")
+
+    def on_log(self, args, state, control, logs=None, **_):
+        logs = dict(logs or {})
+        if not logs or any(k in logs for k in SUMMARY) or not state.is_world_process_zero:
+            return
+        for name in ("loss", "eval_loss"):
+            if name in logs and not math.isfinite(float(logs[name])):
+                raise not_finite(state.global_step)
+        values = {k: _plain(v) for k, v in logs.items()}
+        if "loss" in logs:
+            values |= self._speed(state, logs)
+            if text := self.stuck.look(state.global_step, logs):
+                self.events.log(text, "warning")
+        self.events.metric(state.global_step, **values)
+
+    def _speed(self, state, logs: dict) -> dict:
+        """tokens and examples a second since the last log, seconds left, GiB reserved on the GPU."""
+        now = time.monotonic()
+        steps, seconds = state.global_step - self.last_step, max(now - self.last_time, 1e-9)
+        examples = steps * self.facts["batch"]
+        tokens, before = logs.get("num_tokens"), self.last_tokens
+        counted = tokens is not None and before is not None
+        done = tokens - before if counted else examples * self.facts["mean_tokens"]
+        self.last_step, self.last_time, self.last_tokens = state.global_step, now, tokens
+        a_step = (now - self.start) / max(1, state.global_step - self.first_step)
+        out = {
+            "examples_per_second": round(examples / seconds, 4),
+            "tokens_per_second": round(done / seconds, 2),
+            "eta": round(a_step * (state.max_steps - state.global_step), 1),
+        }
+        memory = gpu_memory()
+        return out | ({"gpu_memory": memory} if memory is not None else {})
+
+
+def gpu_memory() -> float | None:
+    """GiB that this process has reserved on its GPU, or None without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    return round(torch.cuda.memory_reserved() / 2**30, 3)
+
+
+def not_finite(step: int) -> ModelError:
+    return ModelError(
+        f"The loss is not a number any more at step {step}. Lower the learning rate, raise beta, or use dtype bfloat16 "
+        "or float32 instead of float16; the checkpoints before this step are kept."
+    )
+
+
+class StuckLoss:
+    """A KTO loss that stays at half the mean weight means that nothing moves; says once why that may be."""
+
+    STEPS, BAND = 20, 0.005
+
+    def __init__(self, facts: dict):
+        self.facts, self.losses, self.margins, self.said = facts, [], [], False
+
+    def look(self, step: int, logs: dict) -> str:
+        """The sentence when it is time for it, else ""."""
+        rest = 0.5 * self.facts.get("mean_weight", 1.0)
+        self.losses.append(abs(logs["loss"] - rest) <= self.BAND)
+        self.margins.append(abs(logs.get("rewards/margins") or 0.0))
+        steps = step - (self.facts.get("resumed_from") or 0)
+        if self.said or steps < self.STEPS or len(self.losses) < 3 or not all(self.losses):
+            return ""
+        self.said = True
+        reasons, rate = [], self.facts["learning_rate"]
+        if rate < 1e-6:
+            reasons.append(f"the learning rate {rate:g} is very small for adapters (1e-6 to 5e-5 is usual)")
+        pure = pure_share(self.facts["labels"], self.facts["micro_batch"])
+        if pure > 0.5:
+            reasons.append(f"{pure:.0%} of the batches hold one label only, so there is no contrast to learn from")
+        if max(self.margins) < 1e-4:
+            reasons.append(f"the reward margin is {max(self.margins):.1e}: the adapter has hardly moved yet")
+        if not reasons:
+            reasons.append("good and bad answers may not differ in a way that this model can learn")
+        return f"After {steps} steps the loss is still at {rest:.3g}, where it began: {'; '.join(reasons)}."
+
+
+def pure_share(labels: list[bool], batch: int) -> float:
+    """Share of consecutive batches of ``batch`` rows that hold one label only."""
+    groups = [labels[i : i + batch] for i in range(0, len(labels), batch)]
+    return sum(len(set(g)) == 1 for g in groups) / len(groups) if groups else 0.0
+
+
+def _plain(value):
+    """Numbers as JSON has them: a 0-d tensor becomes a float."""
+    return value.item() if hasattr(value, "item") else value

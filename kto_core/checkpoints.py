@@ -1,0 +1,106 @@
+"""Checkpoints of a run that are either whole or not there: ``checkpoint-N`` with a manifest, made beside and renamed.
+
+Standard library only. The manifest has each file's size and CRC-32; a checkpoint without a manifest, or whose files do
+not agree with it, is never resumed from.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import zlib
+from pathlib import Path
+
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"^checkpoint-(\d+)$")
+
+
+def step_of(folder: Path) -> int:
+    return int(_NAME.match(folder.name)[1])
+
+
+def find_all(root: Path) -> list[Path]:
+    """Checkpoints with a manifest, oldest first. Their files are not read."""
+    try:
+        found = [p for p in root.iterdir() if _NAME.match(p.name) and (p / MANIFEST).is_file()]
+    except OSError:
+        return []
+    return sorted(found, key=step_of)
+
+
+def newest_whole(root: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose files agree with its manifest, and a sentence for each newer one that was skipped."""
+    skipped = []
+    try:
+        folders = [p for p in root.iterdir() if _NAME.match(p.name) and p.is_dir()]
+    except OSError:
+        folders = []
+    for folder in sorted(folders, key=step_of, reverse=True):
+        if not (wrong := problem(folder)):
+            return folder, skipped
+        skipped.append(f"{folder.name} is not used: {wrong}.")
+    return None, skipped
+
+
+def problem(folder: Path) -> str:
+    """Why a checkpoint cannot be used, or ""."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+        for name, (size, crc) in files.items():
+            file = folder / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != size or _crc(file) != crc:
+                return f"{name} is damaged"
+    except FileNotFoundError:
+        return "it was not written to its end"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        return f"its manifest cannot be read ({type(e).__name__})"
+    return ""
+
+
+def seal(folder: Path) -> None:
+    """Write the manifest of a complete folder."""
+    files = {
+        p.relative_to(folder).as_posix(): [p.stat().st_size, _crc(p)] for p in sorted(folder.rglob("*")) if p.is_file()
+    }
+    part = folder / (MANIFEST + ".part")
+    part.write_text(json.dumps({"files": files}, indent=1))
+    os.replace(part, folder / MANIFEST)
+
+
+def put(part: Path, final: Path) -> None:
+    """Rename a complete folder to its place; what was there before goes away afterwards."""
+    old = final.with_name(final.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        os.replace(final, old)
+    os.replace(part, final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def rotate(root: Path, limit: int | None) -> list[Path]:
+    """Delete the oldest whole checkpoints beyond ``limit``; returns the deleted ones."""
+    found = find_all(root)
+    gone = found[: max(0, len(found) - limit)] if limit else []
+    for folder in gone:
+        # without its manifest it is no checkpoint any more, whatever happens while the rest is deleted
+        (folder / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+    return gone
+
+
+def clean(root: Path) -> None:
+    """Remove what a killed writer left."""
+    for folder in [*root.glob("*.part"), *root.glob("*.old")]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _crc(file: Path) -> int:
+    value = 0
+    with open(file, "rb") as f:
+        while block := f.read(1 << 22):
+            value = zlib.crc32(block, value)
+    return value

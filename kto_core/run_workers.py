@@ -1,0 +1,102 @@
+"""Who trains a run: a thread of this process, or a child that outlives it. Both are handed the run's lock."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from typing import TYPE_CHECKING
+
+from . import alive
+from .events import EventLog, fold, read
+from .paths import ROOT
+
+if TYPE_CHECKING:
+    from .config import RunConfig
+    from .run import Run
+
+PATIENCE = 5.0  # seconds a child has to end itself after the second stop
+POLL = 0.2
+
+
+def in_thread(run: Run, config: RunConfig) -> threading.Thread:
+    """Train in a daemon thread of this process."""
+
+    def body() -> None:
+        try:
+            from .train import train
+
+            train(config, run.path)
+        except BaseException as e:  # not from the training itself, whose errors are events: say it, never lose it
+            traceback.print_exc()
+            with contextlib.suppress(OSError):
+                EventLog(run.path / "events.jsonl").status("failed", message=f"Unexpected {type(e).__name__}: {e}")
+        finally:
+            alive.release(run.path)
+
+    thread = threading.Thread(target=body, name=f"train-{run.id}", daemon=True)
+    thread.start()
+    return thread
+
+
+def in_process(run: Run, config: RunConfig) -> threading.Thread:
+    """Train in a child with a session of its own, watched by a thread that notes how it ended."""
+    fd = alive.lend(run.path)
+    if config.num_gpus > 1:  # the launcher keeps the lock's file open while its workers train
+        launcher = ["accelerate.commands.launch", "--num_processes", str(config.num_gpus), "--num_machines", "1",
+                    "--multi_gpu", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+                    "-m"]  # fmt: skip
+        command = [sys.executable, "-m", *launcher, "kto_core.worker", str(run.path), "--lock-fd", "-1"]
+    else:
+        command = [sys.executable, "-m", "kto_core.worker", str(run.path), "--lock-fd", str(fd)]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    with open(run.path / "worker.log", "ab") as log:
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"PYTHONPATH": path},
+            pass_fds=(fd,),
+            start_new_session=True,
+        )
+    alive.release(run.path)  # our copy of the file; the child has its own
+
+    thread = threading.Thread(target=_supervise, args=(run, child), name=f"supervise-{run.id}", daemon=True)
+    thread.start()
+    return thread
+
+
+def _supervise(run: Run, child: subprocess.Popen) -> None:
+    waited = 0.0
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(POLL)
+            break
+        with contextlib.suppress(OSError):
+            waited = waited + POLL if (run.path / "stop").read_text() else 0.0
+        if waited > PATIENCE:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+    file = run.path / "events.jsonl"
+    if fold(read(file)[0]).terminal:
+        return
+    with contextlib.suppress(OSError):
+        EventLog(file).log(_ending(child.returncode, run), "error")
+    run.state()  # notes the interruption
+
+
+def _ending(code: int, run: Run) -> str:
+    if code < 0:
+        name = signal.Signals(-code).name
+        hint = " Often the machine's memory was full." if name == "SIGKILL" else ""
+        return f"The training process was ended by {name}.{hint}"
+    try:
+        lines = (run.path / "worker.log").read_text(errors="replace").strip().splitlines()
+    except OSError:
+        lines = []
+    return f"The training process ended with code {code}: {lines[-1][:300] if lines else 'it said nothing'}"

@@ -1,0 +1,250 @@
+"""TRL's KTOTrainer on exactly our token ids, with fp32 adapters and checkpoints that are whole or not there.
+
+`studio_class` puts the same few changes on TRL's trainer, on the packed engine's and on Unsloth's patched one:
+
+- the data are ours (`encoded_dataset`), already in the order they are trained in; nothing is tokenized again;
+- adapters stay in fp32 (TRL casts them to bf16 with a quantized base, where small steps round to nothing);
+- no second ``ref`` adapter for a fresh LoRA (the base is the reference), and none in any save;
+- saves are atomic and carry what a resumed run needs to log the same metrics (half-averaged ones included);
+- a loss that is not finite ends the run.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import checkpoints
+from .callbacks import not_finite
+from .errors import DiskError
+from .stopping import StopNow
+
+if TYPE_CHECKING:
+    from .config import RunConfig
+
+METERS = "meters.json"  # in a checkpoint: metrics gathered since the last log
+
+
+def encoded_dataset(encoded: list, labels: list[bool], batch: int, *, kl: bool):
+    """datasets.Dataset with TRL's columns from `template.Encoded` rows, in the given order.
+
+    Args:
+        batch: rows of a micro-batch. The KL completion of a row is its predecessor's, the first one's the last's of
+            the same micro-batch, which is TRL's pairing; a micro-batch of one row takes the row's before it, where TRL
+            would take the row's own (a KL equal to its reward: no signal).
+        kl: False for losses without a KL term.
+    """
+    from datasets import Dataset
+
+    columns = {
+        "prompt_ids": [list(e.prompt_ids) for e in encoded],
+        "completion_ids": [list(e.completion_ids) for e in encoded],
+        "label": [bool(label) for label in labels],
+    }
+    if kl:
+        columns["KL_completion_ids"] = [list(encoded[i].completion_ids) for i in kl_partners(len(encoded), batch)]
+    return Dataset.from_dict(columns)
+
+
+def kl_partners(rows: int, batch: int) -> list[int]:
+    """For each row, the index of the row whose completion is its mismatched one."""
+    partners = []
+    for start in range(0, rows, batch):
+        size = min(batch, rows - start)
+        partners += [start + (i - 1) % size for i in range(size)]
+        if size == 1 and rows > 1:
+            partners[-1] = start - 1
+    return partners
+
+
+def studio_class(base: type) -> type:
+    """``base`` (a KTOTrainer) with this project's changes."""
+    return type("Studio" + base.__name__, (_Studio, base), {})
+
+
+class _Studio:
+    """Mixin before a KTOTrainer. ``watch`` (a StopWatch) and ``fresh_adapter`` are set through `studio`."""
+
+    def __init__(self, *args, studio: dict, **kwargs):
+        self.studio = studio
+        super().__init__(*args, **kwargs)
+        if studio["fresh_adapter"] and "ref" in getattr(self.model, "peft_config", {}):
+            self.model.delete_adapter("ref")  # a copy of nothing: with adapters off the base is the same reference
+        for name, parameter in self.model.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                parameter.data = parameter.data.float()
+
+    # -- data: as planned --
+
+    def _prepare_dataset(self, dataset, *args, **kwargs):
+        return dataset
+
+    def _send_telemetry(self) -> None:
+        """Nothing is reported to anybody."""
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """The export writes the card, with the numbers of the run."""
+
+    # -- the step --
+
+    def training_step(self, *args, **kwargs):
+        if self.studio["watch"].now.is_set():
+            raise StopNow("Stopped at once; the last checkpoint is the newest saved state.")
+        loss = super().training_step(*args, **kwargs)
+        if not loss.isfinite().all():
+            raise not_finite(self.state.global_step + 1)
+        return loss
+
+    def compute_ref_log_probs(self, model, inputs):
+        self.studio["watch"].check()
+        self.studio["reference_progress"](len(inputs["label"]))
+        return super().compute_ref_log_probs(model, inputs)
+
+    def prediction_step(self, *args, **kwargs):
+        if self.studio["watch"].now.is_set():
+            raise StopNow("Stopped at once; the last checkpoint is the newest saved state.")
+        return super().prediction_step(*args, **kwargs)
+
+    # -- saving and resuming --
+
+    def _save(self, output_dir=None, state_dict=None) -> None:
+        save_adapter(self.model, self.processing_class, Path(output_dir or self.args.output_dir), self.studio["base"])
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Into ``checkpoint-N`` below a ``.part`` folder, sealed, then renamed."""
+        root, main = Path(self.args.output_dir), self.is_world_process_zero()
+        work, name = root / "saving.part", f"checkpoint-{self.state.global_step}"
+        if main:
+            shutil.rmtree(work, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        limit, self.args.save_total_limit, self.args.output_dir = self.args.save_total_limit, None, str(work)
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if main:
+                (work / name / METERS).write_text(json.dumps(self._meters()))
+                checkpoints.seal(work / name)
+                checkpoints.put(work / name, root / name)
+                checkpoints.rotate(root, limit)
+        except (OSError, RuntimeError) as e:  # torch and safetensors report a full disk in their own words
+            if not _no_space(e):
+                raise
+            free = shutil.disk_usage(root).free
+            raise DiskError(
+                f"The disk is full ({free / 2**20:.0f} MiB free): checkpoint {self.state.global_step} was not saved, "
+                "the ones before are whole. Free some space and resume."
+            ) from e
+        finally:
+            self.args.save_total_limit, self.args.output_dir = limit, str(root)
+            if main:
+                shutil.rmtree(work, ignore_errors=True)
+
+    def _meters(self) -> dict:
+        return {
+            "metrics": {k: list(v) for k, v in self._metrics["train"].items()},
+            "tokens": self._total_train_tokens,
+            "loss": self._tr_loss.item(),
+            "total_loss": self._total_loss_scalar,
+            "last_logged": self._globalstep_last_logged,
+        }
+
+    def restore_meters(self, checkpoint: Path) -> None:
+        """Go on with the averages that were begun before ``checkpoint`` was saved (called when training begins)."""
+        meters = json.loads((checkpoint / METERS).read_text())
+        self._metrics["train"] = defaultdict(list, meters["metrics"])
+        self._total_train_tokens = meters["tokens"]
+        self._tr_loss += meters["loss"]
+        self._total_loss_scalar = meters["total_loss"]
+        self._globalstep_last_logged = meters["last_logged"]
+
+
+def save_adapter(model, tokenizer, folder: Path, base: str) -> None:
+    """The trained adapter (never the reference's copy) and the tokenizer into ``folder``.
+
+    Args:
+        base: the base model's public name, which the adapter's configuration will carry.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    # save_embedding_layers: "auto" asks the Hub whether the vocabulary grew; it cannot here
+    model.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False)
+    config = folder / "adapter_config.json"
+    values = json.loads(config.read_text(encoding="utf-8")) | {"base_model_name_or_path": base}
+    config.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    tokenizer.save_pretrained(str(folder))
+
+
+def _no_space(e: BaseException) -> bool:
+    text = str(e)
+    full = getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    return full or "No space left" in text or "file write failed" in text or "unexpected pos" in text
+
+
+def arguments(config: RunConfig, folder: Path, *, precompute: bool, checkpointing: dict | None, evaluate: bool):
+    """TRL's KTOConfig for a run.
+
+    Args:
+        folder: where checkpoints go.
+        precompute: score the reference before training.
+        checkpointing: gradient checkpointing's keywords, or None for none.
+        evaluate: there are held-out rows.
+    """
+    import torch
+    from trl import KTOConfig
+
+    from .model import training_dtype
+
+    gpu = torch.cuda.is_available()
+    dtype = training_dtype(config)
+    args = KTOConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=config.per_device_train_batch_size,
+        per_device_eval_batch_size=config.per_device_train_batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        learning_rate=config.learning_rate,
+        num_train_epochs=config.num_train_epochs,
+        max_steps=config.max_steps,
+        max_length=None,  # rows are cut where they are encoded; the collator would cut answers
+        beta=config.beta,
+        desirable_weight=config.desirable_weight,
+        undesirable_weight=config.undesirable_weight,
+        loss_type=config.loss_type,
+        lr_scheduler_type=config.lr_scheduler_type,
+        warmup_steps=config.warmup_ratio,  # below 1 it is a share of all steps
+        optim=optimizer(config, gpu),
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        seed=config.seed,
+        precompute_ref_log_probs=precompute,
+        gradient_checkpointing=checkpointing is not None,
+        gradient_checkpointing_kwargs=checkpointing,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16 and gpu,
+        use_cpu=not gpu,
+        logging_strategy="steps",
+        logging_steps=config.logging_steps,
+        logging_nan_inf_filter=False,  # it would hide what should end the run
+        eval_strategy="steps" if evaluate else "no",
+        eval_steps=config.eval_steps if evaluate else None,
+        save_strategy="steps",
+        save_steps=config.save_steps,
+        save_total_limit=config.save_total_limit,
+        report_to=[] if config.report_to == "none" else [config.report_to],
+        run_name=config.run_name or folder.parent.name,
+        remove_unused_columns=False,
+        dataloader_pin_memory=gpu,
+        disable_tqdm=True,
+    )
+    if "LOCAL_RANK" not in os.environ:
+        args._n_gpu = min(1, args.n_gpu)  # one process uses one card, however many there are
+    return args
+
+
+def optimizer(config: RunConfig, gpu: bool) -> str:
+    """8-bit and fused optimizers need a GPU; on a CPU their plain form computes the same."""
+    return config.optim if gpu else "adamw_torch"

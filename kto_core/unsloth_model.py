@@ -1,0 +1,64 @@
+"""Base model and adapter through Unsloth. Only in a process that has imported unsloth before torch and trl."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from .errors import HardwareError, ModelError
+
+if TYPE_CHECKING:
+    from .config import RunConfig
+
+
+def import_first() -> None:
+    """Import unsloth; called before anything else of the training process is imported.
+
+    Raises:
+        HardwareError: Unsloth finds no GPU that it can use.
+        ModelError: it is not installed, or does not fit the other packages.
+    """
+    try:
+        import unsloth  # noqa: F401 - replaces parts of transformers, peft and trl
+    except NotImplementedError as e:  # its answer to a machine without a GPU
+        raise HardwareError(f"Unsloth cannot use this machine ({e}). Choose engine `auto` or `trl`.") from e
+    except (ImportError, RuntimeError) as e:
+        raise ModelError(
+            f"Unsloth does not load ({e}). Install requirements-unsloth.txt into a fresh environment, or choose engine "
+            "`auto` or `trl`."
+        ) from e
+
+
+def load_unsloth(config: RunConfig):
+    """Unsloth's model with a fresh LoRA adapter, ready for its KTOTrainer.
+
+    Raises:
+        ModelError: unsloth was not imported first, or the model does not load.
+    """
+    if "unsloth" not in sys.modules:
+        raise ModelError("Unsloth trains in a process of its own: choose worker `process`.")
+    from unsloth import FastLanguageModel
+
+    from .model import local_folder, training_dtype
+
+    try:
+        model, _ = FastLanguageModel.from_pretrained(
+            model_name=str(local_folder(config.model)),
+            max_seq_length=config.max_length,
+            dtype=None if config.dtype == "auto" else training_dtype(config),
+            load_in_4bit=config.load_in_4bit,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError, RuntimeError, NotImplementedError) as e:
+        raise ModelError(f"Unsloth cannot load {config.model}: {str(e)[:300]}. Choose engine `auto` or `trl`.") from e
+    checkpointing = config.gradient_checkpointing
+    return FastLanguageModel.get_peft_model(
+        model,
+        r=config.r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=config.target_modules,
+        bias="none",
+        use_gradient_checkpointing="unsloth" if checkpointing == "auto" else checkpointing,
+        random_state=config.seed,
+    )

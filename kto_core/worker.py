@@ -1,0 +1,52 @@
+"""``python -m kto_core.worker RUN_DIR``: train one run in this process. Started by `kto_core.run`, not by people.
+
+Everything is told through the run's events; what is printed goes to the run's ``worker.log``. Exit code 0 when the run
+finished or was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from pathlib import Path
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m kto_core.worker", description=__doc__)
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--lock-fd", type=int, help="inherited open file that holds the run's lock")
+    args = parser.parse_args(argv)
+
+    from . import alive
+    from .config import load_config
+    from .errors import KTOError
+    from .events import EventLog, fold, read
+
+    # a closed terminal must not end a run that outlives the app; a polite kill is a stop
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: (args.run_dir / "stop").touch())
+    if args.lock_fd is not None and os.environ.get("LOCAL_RANK", "0") == "0":
+        alive.adopt(args.run_dir, args.lock_fd)
+    events = EventLog(args.run_dir / "events.jsonl")
+    try:
+        config = load_config(args.run_dir / "config.yaml").config
+        if config.engine == "unsloth":
+            from .train_checks import check_libraries
+            from .unsloth_model import import_first
+
+            check_libraries(config)
+            import_first()
+        from .train import train
+
+        train(config, args.run_dir, end_on_second_stop=True)
+    except KTOError as e:
+        events.append("error", message=str(e), type=type(e).__name__)
+        events.status("failed", message=str(e))
+    state = fold(read(events.path)[0]).state
+    return 0 if state in ("finished", "stopped") else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
