@@ -237,20 +237,15 @@ def _advice(c: RunConfig, lengths: Sequence[int], gpu: Device, now: _Fit, k: Coe
     if others > 1:
         found = _fit(c, s, lengths, gpu.total_gib, k, gpu=True)
         options.append((found.total - others, f"Close what else uses the card ({others:.1f} GiB)", found))
-    enough = [o for o in options if _verdict(o[2], k) == "fits"]
-    if enough or now.total <= now.available:
-        pool = [o for o in enough or options if o[0] < now.total]
-        if pool:
+    better = [o for o in options if o[0] < now.total]
+    for level in ("fits", "tight"):
+        if pool := [o for o in better if _verdict(o[2], k) == level]:
             _, text, found = min(pool, key=lambda o: o[0])
-            return f"{text}: {found.total:.1f} of {found.available:.1f} GiB would be needed."
-        return ""
+            still = ", which is still tight" if level == "tight" else ""
+            return f"{text}: {found.total:.1f} of {found.available:.1f} GiB would be needed{still}."
     if (name := SMALLER.get(c.preset)) is not None:
         return f"No single setting is enough. Take preset {name}, a smaller model."
-    if options:
-        _, text, found = min(options, key=lambda o: o[0])
-        still = f"{found.total:.1f} GiB would be needed, still more than {found.available:.1f}"
-        return f"{text} and take a smaller model: with this one {still}."
-    return "Take a smaller model."
+    return "No single setting is enough. Take a smaller model."
 
 
 def _shape(c: RunConfig) -> Shape:
