@@ -102,8 +102,8 @@ def parse_all(obj: object, line: int) -> tuple[list[Row | DroppedRow], str, list
         tools = _tools(obj.get("tools"))
         row = _row(turns, least, label, line, tools, _extra(obj, (used,), changes), obj, changes)
     except DroppedRow as e:
-        return [e], form + (" (ShareGPT)" if sharegpt else ""), changes
-    return [row], form + (" (ShareGPT)" if sharegpt else ""), changes
+        row = e
+    return [row], form + (" (ShareGPT)" if sharegpt else ""), list(dict.fromkeys(changes))
 
 
 def _form(obj: dict) -> tuple[str | None, str]:

@@ -6,6 +6,7 @@ a record comes as a `DroppedRow` with its line. This module knows nothing of pro
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import json
@@ -27,6 +28,7 @@ from .tables import arrow_rows, csv_rows, hub_batches, is_broken, parquet_batche
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 IN_MEMORY = 64 * 2**20  # bytes of a data set held in memory; a larger one is read from its file when needed
 MAX_LINE = 256 * 2**20  # bytes; a longer line is dropped
+MAX_DEPTH = 200  # levels of lists and objects; a record nested deeper is dropped
 _EVERY = 2000  # records between two looks at progress and cancel
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
@@ -83,23 +85,29 @@ def decode(raw: bytes) -> tuple[object, list[str]]:
     Raises:
         DroppedRow: not JSON, or not UTF-8.
     """
-    try:
-        return orjson.loads(raw), []
-    except orjson.JSONDecodeError:
-        pass
+    with contextlib.suppress(orjson.JSONDecodeError):
+        return _shallow(raw, orjson.loads(raw)), []
     try:  # the standard library reads what the quick parser refuses: NaN, lone surrogates, whole numbers of any size
         obj = json.loads(raw.decode())
     except UnicodeDecodeError as e:
         raise DroppedRow("not valid UTF-8", f"byte {e.start + 1}") from None
     except RecursionError:
-        raise DroppedRow("not JSON", "nested too deeply") from None
+        raise DroppedRow("nested too deeply", f"more than {MAX_DEPTH} levels") from None
     except ValueError as e:
         raise DroppedRow("not JSON", shorten(str(e))) from None
-    try:
-        clean = _mend(obj)
-    except RecursionError:
-        raise DroppedRow("not JSON", "nested too deeply") from None
+    clean = _mend(_shallow(raw, obj))
     return clean, [] if clean == obj or obj != obj else ["broken Unicode replaced"]
+
+
+def _shallow(raw: bytes, obj: object) -> object:
+    """``obj``, if it is nested no deeper than can be written again."""
+    if raw.count(b"{") + raw.count(b"[") > MAX_DEPTH:
+        level = [obj]
+        for _ in range(MAX_DEPTH):
+            level = [v for o in level if isinstance(o, dict | list) for v in (o.values() if isinstance(o, dict) else o)]
+        if level:
+            raise DroppedRow("nested too deeply", f"more than {MAX_DEPTH} levels")
+    return obj
 
 
 def _mend(value):
@@ -117,8 +125,8 @@ def encode(obj: object) -> bytes:
     """One line of JSON without its newline. NaN becomes null."""
     try:
         return orjson.dumps(obj, default=_plain, option=orjson.OPT_NON_STR_KEYS)
-    except (orjson.JSONEncodeError, RecursionError):  # numbers beyond 64 bits, deep nests
-        return json.dumps(obj, default=_plain, ensure_ascii=False).encode("utf-8", "replace")
+    except orjson.JSONEncodeError:  # numbers beyond 64 bits, half surrogate pairs
+        return json.dumps(obj, default=_plain).encode()
 
 
 def _plain(value: object) -> object:
@@ -168,7 +176,8 @@ def repeated_key(raw: bytes, obj: object) -> str:
 def is_hub(source: str) -> bool:
     """Whether a source that is no file can be a Hub id (``owner/name`` or ``owner/name:config``)."""
     name = source.lower().removesuffix(".gz")
-    return bool(_HUB_ID.fullmatch(source)) and not name.endswith(SUFFIXES) and not Path(source).exists()
+    named = len(source) < 200 and _HUB_ID.fullmatch(source) and not name.endswith(SUFFIXES)
+    return bool(named) and not Path(source).exists()
 
 
 def find(source: str) -> Path:
@@ -177,6 +186,8 @@ def find(source: str) -> Path:
     Raises:
         DataError: missing, a folder, or not readable.
     """
+    if not source.strip():
+        raise DataError("No data set was named. Give a JSONL, JSON, CSV or Parquet file, or a Hub id like owner/name.")
     path = Path(source).expanduser()
     try:
         if path.is_dir():
@@ -229,12 +240,11 @@ def records(
         text.seek(0)
         kind = _kind(path.with_suffix(""), head)
     if head[:2] in _UTF16:
-        text = _recode(text)
-        head = head.decode("utf-16", "ignore").encode()
+        text = _recode(text, path.name)
     if kind == "csv":
         store = spool()
         found = _spooled(store, csv_rows(text, path.name))
-    elif _is_lines(head, path):
+    elif _is_lines(text, path.name):
         if text is file:
             store = Store(io.BytesIO(file.read())) if size <= IN_MEMORY else Store(open(path, "rb", 0), path)  # noqa: SIM115
             text.seek(0)
@@ -262,24 +272,35 @@ def _kind(path: Path, head: bytes) -> str:
     raise DataError(f"{path.name} is of no known kind. Use {', '.join(SUFFIXES)}, or .gz of a text form.")
 
 
-def _is_lines(head: bytes, path: Path) -> bool:
-    """Whether JSON text is one object a line, whatever the file's name."""
-    head = head.removeprefix(b"\xef\xbb\xbf").lstrip()
-    first, newline, rest = head.partition(b"\n")
-    if head[:1] == b"[":
-        return False
-    if path.name.lower().removesuffix(".gz").endswith((".jsonl", ".ndjson")):
-        return first.strip() != b"{"  # a pretty-printed object under the wrong name
+def _is_lines(file, name: str) -> bool:
+    """Whether JSON text is one object a line, whatever the file's name. Leaves the file at its beginning."""
+    lines = iter(lambda: file.readline(MAX_LINE), b"")
+    first = next((s for line in lines if (s := line.removeprefix(b"\xef\xbb\xbf").strip())), b"")
+    more = any(not line.isspace() for line in lines)
+    file.seek(0)
     try:
-        whole = decode(first)[0]
-    except DroppedRow:
-        return len(head) > 4000 and not newline and not head.startswith((b'{"data"', b'{"data":'))
-    return not (isinstance(whole, dict) and isinstance(whole.get("data"), list) and not rest.strip())
+        whole = orjson.loads(first)
+    except orjson.JSONDecodeError:
+        if not name.lower().removesuffix(".gz").endswith((".jsonl", ".ndjson")):
+            return False
+        if first[:1] not in (b"[", b"{"):
+            return True
+        try:  # a list or a pretty-printed object under the wrong name, or a broken first line?
+            orjson.loads(file.read().removeprefix(b"\xef\xbb\xbf"))
+            return False
+        except orjson.JSONDecodeError:
+            return True
+        finally:
+            file.seek(0)
+    return more or isinstance(whole, dict) and not isinstance(whole.get("data"), list)
 
 
-def _recode(file) -> io.BytesIO:
+def _recode(file, name: str) -> io.BytesIO:
     """UTF-16 (what spreadsheets save as "Unicode text") as UTF-8."""
-    return io.BytesIO(file.read().decode("utf-16", "surrogatepass").encode("utf-8", "surrogatepass"))
+    try:
+        return io.BytesIO(file.read().decode("utf-16").encode())
+    except UnicodeError as e:
+        raise DataError(f"{name} begins like UTF-16 but is not ({e.reason}). Save it as UTF-8.") from None
 
 
 def _watch(found: Iterable[Record], done, name: str, progress: Progress, cancel) -> Iterator[Record]:
@@ -324,8 +345,12 @@ def _spooled(store: Store, items: Iterable[object]) -> Iterator[Record]:
         if isinstance(item, DroppedRow):
             yield row, -1, item
         else:
-            raw = encode(item)
-            yield row, store.append(raw), raw
+            try:
+                raw = encode(item)
+            except RecursionError:
+                yield row, -1, DroppedRow("nested too deeply", f"more than {MAX_DEPTH} levels")
+            else:
+                yield row, store.append(raw), raw
 
 
 def _json_items(file, name: str) -> Iterator[object]:
@@ -339,7 +364,7 @@ def _json_items(file, name: str) -> Iterator[object]:
     except orjson.JSONDecodeError:
         try:
             text = raw.decode("utf-8", "surrogateescape")
-            broken = not text.isprintable() and bool(re.search("[\udc80-\udcff]", text))
+            broken = bool(re.search("[\udc80-\udcff]", text))
             whole = json.loads(text)
         except (ValueError, RecursionError) as e:
             why = shorten(str(e))

@@ -34,7 +34,7 @@ def csv_rows(file, name: str) -> Iterator[object]:
     """Rows as dicts. Cells of message columns that hold a list of messages are decoded."""
     csv.field_size_limit(2**31 - 1)
     text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
-    first = text.readline()
+    first = next((line for line in iter(text.readline, "") if line.strip()), "")
     delimiter = _delimiter(first)
     rows = csv.reader(_chain(first, text), delimiter=delimiter, strict=True)
     header = None
@@ -155,7 +155,7 @@ def _hub_problem(e: Exception, source: str, split: str) -> str:
     if "Config name is missing" in text or "BuilderConfig" in text:
         return f"{source} has several configurations: name one as {source.partition(':')[0]}:NAME. {shorten(text, 300)}"
     if any(n in _UNREACHABLE for n in names):
-        return f"The Hub cannot be reached for {source}. Check the network, or give a file instead."
+        return f"{source} is no file here, and the Hub cannot be reached for it. Check the network, or give a file."
     if "NotFound" in names[0]:
         return (
             f"{source} is neither a file here nor a data set on the Hub that you may read. "

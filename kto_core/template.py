@@ -1,8 +1,8 @@
 """What the model sees: a row or a chat through the model's own chat template, as text and as token ids.
 
 The only place that applies a chat template. Holds for every row: the prompt is a prefix of the whole; the prompt ends
-where the answer is to begin; the completion ends with EOS; there is one BOS if the tokenizer puts one; a special token's
-text that somebody typed inside a message stays text.
+where the answer is to begin; the completion ends with EOS; there is one BOS if the tokenizer puts one; the text of
+a special token that somebody typed inside a message stays text.
 """
 
 from __future__ import annotations
