@@ -121,7 +121,7 @@ def cross(c: RunConfig, bad: set[str] = frozenset(), *, model: bool = True) -> l
         c.needs_process and c.worker == "thread",
         "worker: must be process with "
         + (f"num_gpus {c.num_gpus}" if c.num_gpus > 1 else "engine unsloth, which has to be imported first")
-        + ". Leave worker out and it is chosen so.",
+        + ". Set worker to process.",
     )
     wrong(
         ("engine", "kl_group"),

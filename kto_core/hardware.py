@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from .errors import HardwareError
+
 GIB = 2**30
 LIMIT = "KTO_STUDIO_GPU_GIB"  # plan as if every GPU had only that much memory
 
@@ -70,9 +72,7 @@ def visible(uuids: list[str], setting: str | None) -> list[int]:
 
 def _device(pynvml, index: int, handle, uuid: str) -> Device:
     memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-    total, limit = memory.total / GIB, os.environ.get(LIMIT)
-    if limit:
-        total = min(total, float(limit))
+    total = min(memory.total / GIB, _limit())
     used = memory.used / GIB
     return Device(
         index=index,
@@ -83,6 +83,14 @@ def _device(pynvml, index: int, handle, uuid: str) -> Device:
         capability=tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle)),
         uuid=uuid,
     )
+
+
+def _limit() -> float:
+    """GiB that the user allows of each GPU. A setting that is no number is said, not skipped."""
+    try:
+        return float(os.environ.get(LIMIT) or "inf")
+    except ValueError:
+        raise HardwareError(f"{LIMIT} must be a number of GiB, not {os.environ[LIMIT]!r}. Mend or unset it.") from None
 
 
 def _ours(pynvml, handle) -> int:

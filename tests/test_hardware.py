@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from kto_core import config, gpu_owner, hardware, memory_plan, model_shape
-from kto_core.errors import BusyError
+from kto_core.errors import BusyError, HardwareError
 from kto_core.hardware import GIB, Device
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,6 +72,9 @@ def test_devices_tell_ours_from_others(monkeypatch):
     assert (only.index, only.name) == (0, "Card 1")
     monkeypatch.setenv(hardware.LIMIT, "12")
     assert hardware.devices()[0].total_gib == 12
+    monkeypatch.setenv(hardware.LIMIT, "12GB")
+    with pytest.raises(HardwareError, match="must be a number of GiB"):
+        hardware.devices()
 
 
 @pytest.mark.parametrize(
