@@ -84,7 +84,9 @@ def follow(run, interrupts: Interrupts) -> int:
 def _verdict(run, state, asked: bool) -> int:
     again = f"Go on: python -m kto_core runs resume {run.id}"
     if state.state == "finished":
-        output.say(f"Finished after {state.step:,} steps. Talk to it: python -m kto_core chat {run.id}")
+        output.say(
+            f"Finished after {state.step:,} step{'s' * (state.step != 1)}. Talk to it: python -m kto_core chat {run.id}"
+        )
         return output.OK
     if state.state == "stopped":
         output.say(f"{state.message or f'Stopped after step {state.step:,}.'} {again}")
@@ -134,6 +136,7 @@ class _Screen:
             self.bar = tqdm(
                 total=state.total_steps,
                 file=sys.stderr,
+                disable=False,
                 dynamic_ncols=True,
                 bar_format="{n_fmt}/{total_fmt} |{bar}| {postfix}",
             )

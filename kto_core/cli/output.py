@@ -116,7 +116,11 @@ class Bar:
             from tqdm import tqdm
 
             self._bar = tqdm(
-                total=100, file=sys.stderr, leave=False, bar_format="{desc} {percentage:3.0f}% |{bar}| {remaining}"
+                total=100,
+                file=sys.stderr,
+                leave=False,
+                disable=False,
+                bar_format="{desc} {percentage:3.0f}% |{bar}| {remaining}",
             )
         self._bar.set_description_str(text, refresh=False)
         self._bar.n = self._bar.n if fraction is None else round(100 * fraction, 1)

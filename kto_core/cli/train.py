@@ -147,6 +147,8 @@ def start(resolved, args: argparse.Namespace) -> int:
             _say_unused(r, args)
             output.say(f"Run {r.id}: going on from {r.checkpoints()[-1].name}.")
             runs.resume(r)
+        if r.config().config.worker == "process":
+            output.say("It has a process of its own and outlives this terminal ('runs show', 'runs stop').")
         code = follow(r, interrupts)
     if args.json:
         output.emit(summary(r))
