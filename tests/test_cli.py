@@ -103,7 +103,8 @@ def test_every_command_has_help(capsys, name):
 def test_the_earlier_flags_are_there():
     text = """train --model-size demo --local-file rows.jsonl --output-dir out --batch-size 2 --gradient-accumulation 3
         --learning-rate 1e-5 --num-epochs 2 --max-steps 7 --max-seq-length 256 --beta 0.2 --desirable-weight 1.1
-        --undesirable-weight 1.0 --engine trl --worker process --wandb --wandb-project mine --dry-run --json --model m"""
+        --undesirable-weight 1.0 --engine trl --worker process --wandb --wandb-project mine --model m
+        --dry-run --json"""
     line = text.split()
     args = cli.parser(line).parse_args(line)
     assert args.model_size == "demo" and args.dry_run and args.json
@@ -258,7 +259,7 @@ def test_train_then_look_and_delete(capsys, rows_file, tiny_model, runs_dir):
 def test_ctrl_c_saves_and_the_same_command_goes_on(rows_file, tiny_model, tmp_path):
     folder = tmp_path / "mine"
     line = [sys.executable, "-m", "kto_core", "train", "--preset", "demo", "--model", str(tiny_model), "--data",
-            str(rows_file), "--output-dir", str(folder), "--max-steps", "24", "--max-length", "128", "--engine", "trl",
+            str(rows_file), "--output-dir", str(folder), "--max-steps", "10", "--max-length", "128", "--engine", "trl",
             "--save-steps", "1000"]  # fmt: skip
     running = subprocess.Popen(line, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=ROOT)
     try:
@@ -276,13 +277,13 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(rows_file, tiny_model, tmp_pa
     from kto_core import run
 
     stopped = run.find(str(folder))
-    assert stopped.state().state == "stopped" and stopped.checkpoints() and 1 <= stopped.state().step < 24
+    assert stopped.state().state == "stopped" and stopped.checkpoints() and 1 <= stopped.state().step < 10
     again = subprocess.run([*line, "--learning-rate", "1e-3"], capture_output=True, text=True, cwd=ROOT, timeout=200)
     assert again.returncode == 0, again.stderr
     assert (
         "going on from checkpoint-" in again.stderr and "Not used" in again.stderr and "learning_rate" in again.stderr
     )
-    assert run.find(str(folder)).state().step == 24
+    assert run.find(str(folder)).state().step == 10
 
 
 def test_a_failed_run_is_1(rows_file, tmp_path):
