@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from training import make_tiny
 
 from kto_core import cli, config
 from kto_core.cli import output, train
@@ -52,26 +53,7 @@ def rows_file(tmp_path) -> Path:
 
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory, demo_model) -> Path:
-    """A Llama of two small layers with random weights and the demo model's tokenizer: steps take milliseconds."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    tokenizer = AutoTokenizer.from_pretrained(demo_model)
-    shape = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=len(tokenizer),
-        tie_word_embeddings=True,
-        max_position_embeddings=512,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    folder = tmp_path_factory.mktemp("tiny")
-    LlamaForCausalLM(shape).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return make_tiny(tmp_path_factory.mktemp("tiny"), demo_model)
 
 
 # ---- help and flags

@@ -1,0 +1,175 @@
+"""The Chat tab: what it shows, what its events do, and a real conversation in a real browser."""
+
+import threading
+
+import pytest
+
+from kto_core.errors import ModelError
+from kto_core.jobs import Job
+from ui import chat_models, chat_session, chat_view
+
+EVIL = 'Hi <img src="http://127.0.0.1:9/x.png" onerror="window.pwned=1"> <b>b</b><script>window.pwned=2</script> 1 < 2'
+
+
+# ---- model text as text
+
+
+def test_no_tag_survives_and_all_comes_back():
+    for markdown in (True, False):
+        safe = chat_view.shown(EVIL, markdown)
+        assert "<img" not in safe and "<b>" not in safe and "</b>" not in safe and "<script" not in safe
+        assert "1 < 2" in safe
+        assert chat_view.typed(safe) == EVIL
+
+
+def test_no_picture_is_fetched_from_elsewhere():
+    assert "![" not in chat_view.shown("![x](http://127.0.0.1:9/x.png)", markdown=True)
+    assert chat_view.shown("![x](y)", markdown=False) == "![x](y)"  # shown as these very characters
+
+
+@pytest.mark.parametrize(
+    ("text", "outside", "inside"),
+    [
+        ("<i>\n```html\n<div>\n```\n<u>", ["<i>", "<u>"], ["<div>"]),
+        ("````\n```\n<div>\n````\n<u>", ["<u>"], ["<div>"]),
+        ("~~~\n<div>\n```\n<p>\n~~~\n<u>", ["<u>"], ["<div>", "<p>"]),
+        ("``` not ` a fence\n<u>", ["<u>"], []),
+        ("    ```\n<u>", ["<u>"], []),
+    ],
+)
+def test_fenced_code_is_left_as_it_is(text, outside, inside):
+    safe = chat_view.shown(text, markdown=True)
+    assert all(tag not in safe for tag in outside) and all(tag in safe for tag in inside)
+
+
+def test_content_of_parts():
+    assert chat_view.content([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]) == "ab"
+    assert chat_view.content("a") == "a" and chat_view.content(None) == ""
+
+
+# ---- the conversation
+
+
+def conversation() -> dict:
+    talk = chat_session.empty()
+    for question in ("one", "two"):
+        talk = chat_session.ask(talk, chat_session.TUNED, question)
+        talk = talk | {"a": [*talk["a"], {"role": "assistant", "content": question.upper(), "system": ""}]}
+    return talk
+
+
+def test_ask_cut_and_thumbs():
+    talk = conversation() | {"liked": {"a1": True, "a3": False}}
+    assert chat_session.thumbs(talk, "a") == ["Like", "Dislike"]
+    cut = chat_session.cut(talk, chat_session.TUNED, 2)
+    assert [m["content"] for m in cut["a"]] == ["one", "ONE"] and cut["liked"] == {"a1": True}
+    assert len(talk["a"]) == 4  # the old one is untouched
+
+
+def test_comparing_starts_with_the_same_history():
+    talk = chat_session.align(conversation())
+    assert talk["b"] == talk["a"]
+    both = chat_session.ask(talk, chat_session.BOTH, "three")
+    assert both["a"][-1] == both["b"][-1] and chat_session.align(both) is both
+
+
+def test_rated_has_the_system_prompt_the_answer_was_given_under():
+    talk = conversation()
+    talk["a"][1]["system"] = "Be brief."
+    assert chat_session.rated(talk, "a", 1, "changed since") == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "ONE"},
+    ]
+    with pytest.raises(ModelError):
+        chat_session.rated(talk, "a", 2, "")
+    with pytest.raises(ModelError):
+        chat_session.rated(talk, "a", 9, "")
+
+
+def test_restore_takes_only_what_is_well_formed():
+    talk = conversation() | {"liked": {"a1": True}}
+    assert chat_session.restore(talk | {"model": "demo"}) == talk
+    for junk in (None, [], "x", {"a": ["x", {"role": "user"}], "liked": {"a1": "yes"}}):
+        assert chat_session.restore(junk) == chat_session.empty()
+
+
+def test_an_answer_without_text_is_left_out():
+    talk = chat_session.ask(chat_session.empty(), chat_session.TUNED, "hello")
+    waiting = talk | {"a": [*talk["a"], {"role": "assistant", "content": ""}]}
+    assert chat_session.tidy(waiting) == talk
+
+
+# ---- models by id
+
+
+@pytest.mark.parametrize(
+    ("choice", "name"), [("demo", "demo"), ("run:2026-demo", "2026-demo"), ("base:a/b-1.5", "a/b-1.5"), ("a/b", "a/b")]
+)
+def test_ids_to_names(choice, name):
+    assert chat_models.target(choice) == name
+
+
+@pytest.mark.parametrize(
+    "choice", ["", None, "/etc", "../x", "run:../x", "run:..", "run:", "a/../b", "base:/etc/passwd", "x"]
+)
+def test_paths_are_no_ids(choice):
+    with pytest.raises(ModelError):
+        chat_models.target(choice)
+
+
+def test_choices_without_any_run():
+    values = [value for _, value in chat_models.choices()]
+    assert "demo" in values and any(v.startswith("base:") for v in values)
+    assert chat_models.checkpoints("demo") == []
+
+
+def test_signature_changes_with_a_new_run(runs_dir):
+    before = chat_models.signature()
+    (runs_dir / "r").mkdir(parents=True)
+    assert chat_models.signature() != before
+
+
+# ---- lines
+
+
+def test_status_says_what_is_loaded_and_what_failed():
+    assert "press Load" in chat_view.status(None, False, "", None)
+    assert "with its adapter" in chat_view.status("run x", True, "cpu", None)
+    assert "&lt;b&gt;" in chat_view.status("<b>", False, "", None)
+    loading = Job("Load x", fraction=0.5, text="Reading <weights>")
+    assert 'aria-valuenow="50"' in chat_view.status(None, False, "", loading) and "&lt;weights" in chat_view.status(
+        None, False, "", loading
+    )
+    assert "not there" in chat_view.status(None, False, "", Job("Load x", state="failed", error="It is not there."))
+
+
+def test_stats_and_feedback_lines():
+    assert chat_view.stats(12.34, 40, 3.2) == "12.3 tokens/s · 40 tokens · 3.2 s" and chat_view.stats(None, 0, 0) == ""
+    assert "3 rows collected (2 👍, 1 👎) in f.jsonl" in chat_view.feedback(2, 1, "f.jsonl")
+    assert "1 row collected" in chat_view.feedback(0, 1, "f")
+
+
+def test_closing_the_answer_sets_the_event_the_model_reads(monkeypatch):
+    from kto_core import chat
+
+    stop, seen = threading.Event(), []
+
+    class Loaded:
+        has_adapter, stats = False, None
+
+        def stream(self, messages, *, cancel, **settings):
+            seen.append((messages, settings, cancel))
+            while not cancel.is_set():
+                yield "word "
+
+    monkeypatch.setattr(chat, "current", Loaded)
+    settings = chat_session.Settings("demo", None, "Tuned", "Be brief.", 0.0, 1.0, 0, 1.0, 16, -1, True)
+    growing = chat_session.answer(chat_session.ask(chat_session.empty(), "Tuned", "hi"), settings, stop)
+    while not (talk := next(growing)[0])["a"][-1]["content"]:
+        pass
+    assert talk["a"][-1]["role"] == "assistant" and not stop.is_set()
+    growing.close()
+    messages, sent, cancel = seen[0]
+    assert stop.is_set() and cancel is stop and sent["seed"] is None and sent["tuned"] is True
+    assert messages == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]

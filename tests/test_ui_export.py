@@ -1,0 +1,118 @@
+"""The Export tab and the view of long jobs: what they show, and a GGUF made, checked and downloaded in a real browser."""
+
+import threading
+
+import pytest
+
+from kto_core import jobs
+from kto_core.errors import BusyError, Cancelled, ExportError
+from ui import export_tab, export_view, jobs_view
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A run's folder with exports, as the tab sees it."""
+    run = tmp_path / "run"
+    for name in ("exports/gguf/m-q8_0.gguf", "exports/gguf/Modelfile-q8_0", "exports/m-f16.gguf.part", "config.yaml",
+                 "adapter/adapter_model.safetensors", "adapter/adapter_config.json", "events.jsonl"):  # fmt: skip
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text("x" * 2000)
+    return run
+
+
+# ---- files
+
+
+def test_downloads_are_the_finished_files_ggufs_first(folder):
+    assert [p.name for p in export_view.downloads(folder)] == [
+        "m-q8_0.gguf", "Modelfile-q8_0", "adapter_model.safetensors", "adapter_config.json",
+    ]  # fmt: skip
+    assert export_view.downloads(folder / "none") == []
+
+
+def test_files_have_ids_and_no_path_is_one(folder):
+    path = export_view.gguf_files(folder)[0]
+    name = export_view.file_id(path, folder)
+    assert name == "exports/gguf/m-q8_0.gguf" and export_view.by_id(name, folder) == path
+    for bad in (None, "", str(path), "../run/exports/gguf/m-q8_0.gguf", "config.yaml"):
+        with pytest.raises(ExportError):
+            export_view.by_id(bad, folder)
+
+
+@pytest.mark.parametrize("name", [None, "", "..", "../x", "/etc", "a/b"])
+def test_runs_have_ids_too(name):
+    with pytest.raises(ExportError):
+        export_tab.find(name)
+
+
+# ---- disk
+
+
+def test_disk_needed():
+    assert export_view.needed(None, ["q8_0"], False) is None
+    assert export_view.needed(1e9, [], True) == 0
+    assert export_view.needed(1e9, ["f16"], False) == pytest.approx(4e9)
+    assert export_view.needed(1e9, ["q8_0", "f16"], True) == pytest.approx(3.07e9)
+    assert "4.0 GB" in export_view.disk(4e9, 10**11) and "note-bad" in export_view.disk(4e9, 10**9)
+    assert [export_view.size(n) for n in (12, 3_400, 145_000_000, 2.5e9)] == ["12 B", "3.4 kB", "145 MB", "2.5 GB"]
+
+
+def test_what_llama_cpp_said_is_text():
+    shown = export_view.answer({"text": "<script>x</script>", "tokens": 3, "seconds": 0.51234, "more": {"a": 1}})
+    assert "&lt;script&gt;" in shown and "0.5123" in shown and "more" not in shown
+
+
+# ---- jobs
+
+
+@pytest.fixture
+def clean_jobs(monkeypatch):
+    monkeypatch.setattr(jobs, "_JOBS", {})
+
+
+def test_a_job_is_shown_from_start_to_end(clean_jobs):
+    go = threading.Event()
+
+    def work(progress, cancel):
+        progress(0.25, "Writing <f16>")
+        assert go.wait(20)
+        return 1
+
+    job = jobs.start("Export GGUF of r1", work)
+    while job.fraction is None:
+        pass
+    text = jobs_view.view(jobs_view.mine("Export "), "Export ")
+    assert "GGUF of r1" in text and 'aria-valuenow="25"' in text and "left" in text and "&lt;f16&gt;" in text
+    assert jobs_view.busy("Export ") is job and jobs_view.busy("Load ") is None
+    with pytest.raises(BusyError, match="still runs"):
+        export_tab.start("another", work)
+    go.set()
+    job.thread.join(20)
+    text = jobs_view.view(jobs_view.mine("Export "), "Export ")
+    assert "done in" in text and "progressbar" not in text and jobs_view.busy("Export ") is None
+
+
+def test_failure_and_cancel_are_said(clean_jobs):
+    def fail(progress, cancel):
+        raise ExportError("The disk <is> full. Make room.")
+
+    def stopped(progress, cancel):
+        assert cancel.wait(20)
+        raise Cancelled("Stopped as you asked.")
+
+    jobs.start("Export a", fail).thread.join(20)
+    assert "The disk &lt;is&gt; full." in jobs_view.view(jobs_view.mine("Export "))
+    job = jobs.start("Export b", stopped)
+    job.cancel()
+    job.thread.join(20)
+    assert "stopped in" in jobs_view.view([job])
+
+
+def test_only_the_newest_jobs_are_shown():
+    shown = jobs_view.view([jobs.Job(f"job {i}", state="done", ended=1.0) for i in range(9)])
+    assert shown.count('class="job ') == jobs_view.SHOWN and "job 8" in shown and "job 4" not in shown
+
+
+def test_unknown_progress_has_no_value():
+    assert "aria-valuenow" not in jobs_view.bar(None, "x") and "job-unknown" in jobs_view.bar(None, "x")
+    assert jobs_view.duration(3725) == "1 h 2 min" and jobs_view.duration(65) == "1 min 5 s"
