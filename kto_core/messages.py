@@ -16,8 +16,7 @@ from .rows import call_name
 Apply = Callable[[list[dict], "list[dict] | None", bool], str]  # messages, tools, generation prompt -> text
 Shaped = tuple[list[dict], "list[dict] | None"]
 
-_TOOLS = "Tools you can call:\n<tools>\n{tools}\n</tools>\nCall one by answering\n<tool_call>\n{example}\n</tool_call>"
-_EXAMPLE = '{"name": "<tool name>", "arguments": {<its arguments>}}'
+_EXAMPLE = 'Call one by answering\n<tool_call>\n{"name": "<tool name>", "arguments": {<its arguments>}}\n</tool_call>'
 
 
 @dataclass(frozen=True)
@@ -28,6 +27,7 @@ class Support:
         system, developer: turns of that role.
         definitions: the ``tools`` argument.
         calls: (content of a turn that is calls only, "dict" or "str" for arguments), or None.
+        calls_with_content: a turn with both keeps its content (many templates lose it).
         results: turns of role tool.
     """
 
@@ -35,6 +35,7 @@ class Support:
     developer: bool
     definitions: bool
     calls: tuple[str | None, str] | None
+    calls_with_content: bool
     results: bool
 
 
@@ -57,11 +58,12 @@ def probe(apply: Apply) -> Support:
             text = shows([asked, turn], "zqquestion", "zqname", "zqvalue")
             if text and calls is None and "None" not in text and "'zqkey'" not in text and '\\"zqkey' not in text:
                 calls = (content, kind)
-    results = False
+    both = results = False
     if calls:
         arguments = {"zqkey": "zqvalue"} if calls[1] == "dict" else '{"zqkey": "zqvalue"}'
         call = {"id": "zqcall001", "type": "function", "function": {"name": "zqname", "arguments": arguments}}
         turn = {"role": "assistant", "content": calls[0], "tool_calls": [call]}
+        both = bool(shows([asked, {**turn, "content": "zqcontent"}], "zqcontent", "zqname"))
         answer = {"role": "tool", "content": "zqresult", "name": "zqname", "tool_call_id": "zqcall001"}
         results = bool(shows([asked, turn, answer], "zqresult"))
     schema = {"name": "zqtool", "description": "zqdoes", "parameters": {"type": "object", "properties": {}}}
@@ -70,6 +72,7 @@ def probe(apply: Apply) -> Support:
         developer=bool(shows([{"role": "developer", "content": "zqdeveloper"}, asked], "zqdeveloper", "zqquestion")),
         definitions=bool(shows([asked], "zqtool", tools=[{"type": "function", "function": schema}])),
         calls=calls,
+        calls_with_content=both,
         results=results,
     )
 
@@ -79,15 +82,18 @@ def shapes(messages: list[dict], tools: list[dict] | None, support: Support) -> 
     if not support.developer:
         messages = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
     has_calls = any(m.get("tool_calls") for m in messages)
+    has_both = any(m.get("tool_calls") and (m.get("content") or "").strip() for m in messages)
     has_results = any(m["role"] == "tool" for m in messages)
-    if support.calls or not has_calls:
+    can_call = bool(support.calls) and (support.calls_with_content or not has_both)
+    if (can_call or not has_calls) and (support.results or not has_results):
         native = [_native(m, support.calls) for m in messages]
-        if not has_results or support.results:
-            told, given = (native, _schemas(tools)) if support.definitions else (_with_tools(native, tools), None)
-            told = told if support.system else _fold_system(told)
-            yield told, given
-            if has_calls:
-                yield _short_ids(told), given
+        told, given = native, _schemas(tools)
+        if not support.definitions:  # how to call is the template's own affair, if it has calls
+            told, given = _with_tools(native, tools, example=not support.calls), None
+        told = told if support.system else _fold_system(told)
+        yield told, given
+        if has_calls:
+            yield _short_ids(told), given
     text = _with_tools([_as_text(m) for m in messages], tools)
     yield (text if support.system else _fold_system(text)), None
     yield _merge(text), None
@@ -147,13 +153,12 @@ def _as_text(message: dict) -> dict:
     return {**rest, "content": "\n".join(parts) if message.get("tool_calls") else content}
 
 
-def _with_tools(messages: list[dict], tools: list[dict] | None) -> list[dict]:
+def _with_tools(messages: list[dict], tools: list[dict] | None, example: bool = True) -> list[dict]:
     """The tools' definitions at the end of the system prompt."""
     if not tools:
         return messages
-    told = _TOOLS.replace("{example}", _EXAMPLE).replace(
-        "{tools}", "\n".join(json.dumps(t, ensure_ascii=False) for t in tools)
-    )
+    listed = "\n".join(json.dumps(t, ensure_ascii=False) for t in tools)
+    told = f"Tools you can call:\n<tools>\n{listed}\n</tools>" + (f"\n{_EXAMPLE}" if example else "")
     if messages and messages[0]["role"] == "system":
         first = {**messages[0], "content": f"{messages[0]['content']}\n\n{told}"}
         return [first, *messages[1:]]

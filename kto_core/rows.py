@@ -301,8 +301,11 @@ def _extra(obj: dict, used: tuple[str, ...], changes: list[str], pair: bool = Fa
         if key in taken:
             continue
         if key in COLUMNS:
-            changes.append(f"column {key} renamed to original_{key}")
-            key = f"original_{key}"
+            renamed = f"original_{key}"
+            while renamed in obj:
+                renamed += "_"
+            changes.append(f"column {key} renamed to {renamed}")
+            key = renamed
         extra[key] = value
     return extra
 
