@@ -1,0 +1,125 @@
+"""How many tokens one pass may have and how many layers are recomputed, from what a token was measured to keep."""
+
+from __future__ import annotations
+
+import contextlib
+
+import numpy as np
+import torch
+
+from . import attention, tree
+
+MEASURED = 192  # tokens of the measured pass
+SHARE = 0.85  # of the free memory that is planned with; the rest is fragmentation and what was not counted
+RESERVE = {"cuda": 3 * 2**28, "cpu": 2**28}  # logits' chunks, gradients of the head's input, kernels' workspaces
+
+
+def sample_groups(planner, count: int = 32) -> list[int]:
+    """Packed tokens of some optimizer batches of the first epoch, y' included."""
+    plan, rows = planner.epoch(0), planner.rows
+    sizes = []
+    for g in np.unique(np.linspace(0, len(plan) - 1, min(count, len(plan))).astype(int)):
+        own, other = plan.group(int(g))
+        prompts, completions = [rows.prompt[i] for i in own], [rows.completion[i] for i in own]
+        order = tree.sorted_by_prefix(prompts, completions, range(len(own)))
+        t = tree.build([prompts[i] for i in order], [completions[i] for i in order])
+        sizes.append(len(t) + (int(sum(len(rows.completion[i]) - 1 for i in other)) if planner.kl else 0))
+    return sizes
+
+
+def limits(engine, groups: list[int], autocast, checkpoint_layers: int | None, longest: int):
+    """(token budget, layers to recompute): the fewest layers with which the largest sampled batch fits one pass.
+
+    Where it does not fit even with all layers recomputed, the budget is what does (at least the longest row's length
+    if that is possible at all). ``checkpoint_layers`` given: only the budget is chosen.
+    """
+    total = len(engine.layers)
+    per_layer, per_input, fixed = measure(engine, autocast)
+    free = available(engine.device) * SHARE - RESERVE.get(engine.device.type, 0)
+    free -= sum(p.numel() * 12 for p in engine.model.parameters() if p.requires_grad)  # gradient and Adam's moments
+
+    def most(layers: int) -> int:
+        a_token = (total - layers) * per_layer + layers * per_input + (1.5 * per_layer if layers else 0) + fixed
+        return int(free / a_token)
+
+    wanted = max([*groups, longest])
+    choices = range(total + 1) if checkpoint_layers is None else [min(checkpoint_layers, total)]
+    if engine.device.type == "cpu" and checkpoint_layers is None:
+        choices = [0, total] if most(0) < longest else [0]
+    for layers in choices:
+        if most(layers) >= wanted:
+            return most(layers), layers
+    return max(0, most(choices[-1])), choices[-1]
+
+
+def measure(engine, autocast) -> tuple[float, float, float]:
+    """Bytes a token keeps for the backward: in one decoder layer; as a layer's input; outside the layers."""
+    ids = np.arange(MEASURED, dtype=np.int32) % 97 + 3
+    t = tree.build([ids[:-1]], [ids[-2:]])
+    kept = {"layers": 0, "rest": 0}
+    seen: set[int] = {p.untyped_storage().data_ptr() for p in engine.model.parameters()}
+    where = "rest"
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            kept[where] += storage.nbytes()
+        return tensor
+
+    def enter(*_):
+        nonlocal where
+        where = "layers"
+
+    def leave(*_):
+        nonlocal where
+        where = "rest"
+
+    before, engine.checkpoint_layers = engine.checkpoint_layers, 0
+    hooks = [h for m in engine.layers for h in (m.register_forward_pre_hook(enter), m.register_forward_hook(leave))]
+    try:
+        with engine.using_tree(), autocast(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            hidden = engine.forward(t.ids, t.positions, attention.Pass(t.segments, engine.device))
+    finally:
+        engine.checkpoint_layers = before
+        for h in hooks:
+            h.remove()
+    tokens, width = len(t), hidden.shape[-1] * hidden.element_size()
+    config = engine.causal.config.get_text_config()
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kv = 2 * (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * head * hidden.element_size()
+    fixed = kept["rest"] / tokens + 3 * width + kv * len(engine.layers)
+    return kept["layers"] / tokens / max(1, len(engine.layers)), width, fixed
+
+
+def available(device: torch.device) -> float:
+    """Bytes that may still be taken: on a GPU what is free or cached, within the process's cap; on a CPU half of it."""
+    if device.type != "cuda":
+        import psutil
+
+        return psutil.virtual_memory().available / 2
+    free, total = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    with contextlib.suppress(AttributeError, RuntimeError):
+        cap = torch.cuda.get_per_process_memory_fraction(device) * total
+        free = min(free, cap - torch.cuda.memory_allocated(device))
+    return free
+
+
+def scoring_budget(engine) -> int:
+    """Packed tokens of a pass without gradients: enough to keep the device busy, little memory."""
+    limit = 16384 if engine.device.type == "cuda" else 2048
+    return min(limit, max(engine.token_budget or limit, 1))
+
+
+def tighten(engine, longest: int) -> bool:
+    """After running out of memory: recompute more layers, then make passes smaller. False: nothing is left to give."""
+    total = len(engine.layers)
+    if engine.checkpoint_layers < total:
+        engine.checkpoint_layers = min(total, engine.checkpoint_layers + max(1, total // 4))
+        return True
+    budget = engine.token_budget or 2**20
+    if budget <= longest:
+        return False
+    engine.token_budget = max(longest, budget // 2)
+    return True

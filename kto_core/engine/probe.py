@@ -1,0 +1,52 @@
+"""A short comparison of the packed pass with the model's own forward, before anything is trained."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from ..errors import ModelError
+from .attention import Pass
+from .loss import Head
+from .tree import build
+
+TOKENS = 24
+
+
+@torch.no_grad()
+def check_head_and_attention(engine, prompt: np.ndarray) -> None:
+    """Run two branches of one prompt both ways and compare the log-probabilities of every token.
+
+    Raises:
+        ModelError: they differ by more than rounding: this architecture does something the packed pass does not know.
+    """
+    start = np.resize(prompt[:TOKENS], TOKENS).astype(np.int32)
+    ends = [np.resize(start[::-1], TOKENS), np.resize(start[5:], TOKENS)]
+    sequences = [np.concatenate([start, end]).astype(np.int32) for end in ends]
+    tree = build([s[:TOKENS] for s in sequences], [s[TOKENS:] for s in sequences])
+    training = engine.model.training
+    engine.model.eval()
+    try:
+        with engine.using_tree():
+            hidden = engine.forward(tree.ids, tree.positions, Pass(tree.segments, engine.device))
+        head = Head.of(engine.causal)
+        with torch.autocast(engine.device.type, enabled=False):
+            ours = head.logits(hidden[torch.as_tensor(tree.scores.index)].to(head.weight.dtype)).log_softmax(-1)
+        theirs = []
+        for s in sequences:
+            ids = torch.as_tensor(s, device=engine.device)[None].long()
+            logits = engine.causal(input_ids=ids, use_cache=False).logits
+            theirs.append(logits[0, TOKENS - 1 : -1].to(ours.dtype).log_softmax(-1))
+    except (TypeError, KeyError, AttributeError, RuntimeError) as e:
+        if isinstance(e, torch.cuda.OutOfMemoryError):
+            raise
+        raise ModelError(f"The packed engine cannot run this model ({e}). Choose engine `trl`.") from e
+    finally:
+        engine.model.train(training)
+    difference = float((ours - torch.cat(theirs)).abs().mean())
+    exact = hidden.dtype in (torch.float32, torch.float64)
+    if not difference <= (1e-3 if exact else 0.3):
+        raise ModelError(
+            f"The packed pass does not reproduce this model (log-probabilities differ by {difference:.3g}). "
+            "Choose engine `trl`."
+        )

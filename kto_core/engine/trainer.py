@@ -1,0 +1,403 @@
+"""PackedKTOTrainer: TRL's KTOTrainer to its surroundings, with the packed step inside.
+
+It takes KTOTrainer's arguments, runs in transformers' Trainer loop (callbacks, checkpoints, resume) and logs TRL's
+metric names. One batch of the loop is one optimizer batch, ``per_device_train_batch_size *
+gradient_accumulation_steps`` rows a process, so steps, epochs and save_steps count as before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import threading
+import time
+from collections import defaultdict
+from functools import partial
+
+import numpy as np
+import torch
+from transformers import set_seed
+from trl import KTOTrainer
+from trl.trainer.utils import disable_dropout_in_model
+
+from ..errors import DataError, HardwareError, ModelError
+from ..jobs import Progress, no_progress
+from . import memory
+from .adapters import Reference, check_adapter, trainable
+from .batches import GroupLoader, Planner, longest, planned_pairs
+from .plan import TokenRows
+from .probe import check_head_and_attention
+from .reference import ReferenceCache, ReferenceScores, scorer_key
+from .step import Engine, Group
+
+logger = logging.getLogger(__name__)
+
+
+class PackedKTOTrainer(KTOTrainer):
+    """Args, beyond `trl.KTOTrainer`'s:
+
+        kl_group: "batch" takes z0 over the whole optimizer batch, reshuffles every epoch, spreads the labels and never
+            pairs a row with its own prompt; "microbatch" keeps TRL's order, pairs and z0 of each micro-batch.
+        token_budget: packed tokens of one pass; None: what fits into free memory.
+        checkpoint_layers: decoder layers recomputed in the backward; None: as few as the memory allows, on a CPU none.
+        reference_cache: keep reference log-probs on disk. cache_dir: where; default `paths.cache_dir()`.
+        progress, cancel: for scoring the reference, which is done at the start of `train`.
+
+    ``train_dataset`` and ``eval_dataset`` have the columns ``prompt_ids``, ``completion_ids`` and ``label``; other
+    columns are not looked at. Dropout is switched off.
+
+    Raises:
+        DataError: a data set of one row, an empty prompt or completion, a row longer than ``token_budget``.
+        ModelError: no LoRA adapter, an adapter on lm_head, or an architecture the packed pass does not reproduce.
+    """
+
+    def __init__(
+        self,
+        model,
+        ref_model=None,
+        args=None,
+        data_collator=None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        compute_metrics=None,
+        callbacks=None,
+        optimizers=(None, None),
+        peft_config=None,
+        *,
+        kl_group: str = "batch",
+        token_budget: int | None = None,
+        checkpoint_layers: int | None = None,
+        reference_cache: bool = True,
+        cache_dir=None,
+        progress: Progress = no_progress,
+        cancel: threading.Event | None = None,
+    ):
+        if ref_model is not None:
+            raise ModelError("The packed engine's reference is the policy at the start. Pass no ref_model.")
+        if kl_group not in ("batch", "microbatch"):
+            raise ValueError(f"kl_group is 'batch' or 'microbatch', not {kl_group!r}")
+        self.kl_group, self.micro_batch = kl_group, args.per_device_train_batch_size
+        args = copy.copy(args)
+        args.per_device_train_batch_size *= args.gradient_accumulation_steps
+        args.gradient_accumulation_steps = 1
+        args.gradient_checkpointing = False  # the engine decides layer by layer
+        args.remove_unused_columns = False
+        set_seed(args.seed)
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            model = get_peft_model(model, peft_config)
+        check_adapter(model)
+        for p in trainable(model).values():  # bf16 would round small steps away
+            p.data = p.data.float() if p.dtype in (torch.bfloat16, torch.float16) else p.data
+        disable_dropout_in_model(model)
+
+        self.beta, self.loss_type = args.beta, args.loss_type
+        self.desirable_weight, self.undesirable_weight = args.desirable_weight, args.undesirable_weight
+        self.calculate_KL = args.loss_type != "apo_zero_unpaired"
+        self.rows = TokenRows.from_dataset(train_dataset)
+        self._planned_eval: dict[str, tuple[Planner, ReferenceScores]] = {}
+
+        # KTOTrainer.__init__ would tokenize, pair, pad and add a second adapter: its parent's is the one to call
+        super(KTOTrainer, self).__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator or (lambda items: items),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.ref_model = None
+        self.maybe_activation_offload_context = contextlib.nullcontext()
+        self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._total_train_tokens = 0
+        if hasattr(self.model, "add_model_tags"):
+            self.model.add_model_tags(self._tag_names)
+
+        self._progress, self._cancel = progress, cancel
+        world = self.accelerator.num_processes
+        self.planner = self._planner(self.rows, args.seed)
+        self.reference = Reference(self.model)
+        self.engine = Engine(self.model, token_budget, checkpoint_layers or 0)
+        with self._autocast():
+            check_head_and_attention(self.engine, self.rows.prompt[0])
+        self._scorer = scorer_key(self.model, self.reference.key, self._scoring_dtype())
+        self._cache = ReferenceCache(cache_dir) if reference_cache else None
+        self.reference_scores = self._scores(self.rows)
+        self._limits(token_budget, checkpoint_layers)
+        self._say_plan(world)
+
+    # ---- the plan ----------------------------------------------------------------------------------------------------
+
+    def _planner(self, rows: TokenRows, seed: int) -> Planner:
+        world, kl = self.accelerator.num_processes, self.calculate_KL
+        size = self.args.per_device_train_batch_size * world
+        if kl and self.kl_group == "batch" and size < 2:
+            raise DataError("The KL needs at least two rows a batch. Raise the batch size or gradient accumulation.")
+        if kl and len(rows) < 2:
+            raise DataError("KTO needs at least two rows: the KL is measured with another row's answer. Add rows.")
+        micro = self.micro_batch * world if self.kl_group == "microbatch" else None
+        return Planner(rows, size, seed, micro, kl)
+
+    def _say_plan(self, world: int) -> None:
+        plan = self.planner.epoch(0)
+        for count, what in (
+            (plan.own, "are paired with their own answer for the KL (too few rows in a micro-batch)"),
+            (plan.same_prompt, "could not be kept off an answer to their own prompt"),
+            (plan.identical, "could not be kept off an answer that is identical to their own"),
+        ):
+            if count:
+                logger.warning("%d of %d rows of an epoch %s: the KL is a little off.", count, len(self.rows), what)
+
+    def _limits(self, token_budget, checkpoint_layers) -> None:
+        row = longest(self.rows)
+        if token_budget is None or checkpoint_layers is None:
+            sample = memory.sample_groups(self.planner)
+            budget, layers = memory.limits(self.engine, sample, self._autocast, checkpoint_layers, row)
+            self.engine.token_budget = token_budget or budget
+            self.engine.checkpoint_layers = layers
+        if self.engine.token_budget is not None and row > self.engine.token_budget:
+            over = int(np.sum(self.rows.prompt.lengths + self.rows.completion.lengths - 1 > self.engine.token_budget))
+            budget = f"{self.engine.token_budget:,} tokens of one pass"
+            text = f"{over} rows are longer than the {budget} (the longest has {row + 1:,})"
+            if token_budget is None:
+                raise HardwareError(f"{text}, which is what fits into free memory. Lower max_length.")
+            raise DataError(f"{text}. Raise token_budget or lower max_length.")
+
+    def get_train_dataloader(self):
+        return GroupLoader(self.planner, self.accelerator.process_index, self.accelerator.num_processes)
+
+    # ---- the reference -----------------------------------------------------------------------------------------------
+
+    def _autocast(self):
+        return self.compute_loss_context_manager()
+
+    def _scoring_dtype(self) -> str:
+        dtype = self.engine.causal.get_input_embeddings().weight.dtype
+        with self._autocast():
+            kind = self.engine.device.type
+            if torch.is_autocast_enabled(kind):
+                dtype = torch.get_autocast_dtype(kind)
+        return str(dtype).removeprefix("torch.")
+
+    def _scores(self, rows: TokenRows) -> ReferenceScores:
+        def score(prompts, completions, done):
+            with self.reference.active(), self._autocast():
+                return self.engine.score(prompts, completions, memory.scoring_budget(self.engine), done)
+
+        share = None
+        if self.accelerator.num_processes > 1:
+            share = partial(_shared, self.accelerator)
+        return ReferenceScores(rows, self._scorer, score, self._cache, share)
+
+    def prepare_reference(self, progress: Progress | None = None, cancel: threading.Event | None = None) -> dict:
+        """Score what the planned steps need and the cache does not have. Returns counts (`ReferenceScores.prepare`)."""
+        steps = self.args.max_steps
+        if steps <= 0:
+            steps = int(np.ceil(self.args.num_train_epochs * len(self.planner.epoch(0))))
+        counts = self.reference_scores.prepare(
+            planned_pairs(self.planner, steps), progress or self._progress, cancel or self._cancel
+        )
+        for name, dataset in self._eval_sets(self.eval_dataset).items():
+            self._prepare_eval(name, dataset)
+        return counts
+
+    def train(self, *args, **kwargs):
+        self.prepare_reference()  # before a checkpoint is loaded: the adapter is still the reference's
+        return super().train(*args, **kwargs)
+
+    # ---- the step ----------------------------------------------------------------------------------------------------
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        model.train()
+        while True:
+            try:
+                return self._step(inputs, backward=True)
+            except torch.cuda.OutOfMemoryError:
+                if not memory.tighten(self.engine, longest(self.rows)):
+                    raise HardwareError(
+                        "The GPU's memory does not hold one row's pass. Lower max_length or use a smaller model."
+                    ) from None
+                logger.warning(
+                    "Out of GPU memory; going on with %d recomputed layers and %s tokens a pass.",
+                    self.engine.checkpoint_layers,
+                    self.engine.token_budget,
+                )
+                for p in trainable(self.model).values():  # the whole batch is computed again
+                    p.grad = None
+                torch.cuda.empty_cache()
+
+    def _step(self, inputs: dict, backward: bool, planned=None, mode: str = "train") -> torch.Tensor:
+        rows, scores = planned or (self.rows, self.reference_scores)
+        numbers, partner, size = inputs["rows"], inputs["partner"], inputs["size"]
+        chunks = [np.arange(len(numbers))]
+        if self.kl_group == "microbatch" and mode == "train":
+            chunks = [c for c in np.split(chunks[0], range(self.micro_batch, len(numbers), self.micro_batch)) if len(c)]
+        world = self.accelerator.num_processes
+        results, loss = [], torch.zeros((), device=self.engine.device)
+        for chunk in chunks:
+            group = self._group(rows, scores, numbers[chunk], partner[chunk])
+            divisor = size if len(chunks) == 1 else len(chunk) * len(chunks) * world
+            if not len(chunk):  # fewer rows than processes
+                self.engine_idle(backward)
+                continue
+            with self.engine.using_tree():
+                result = self.engine.run(
+                    group,
+                    beta=self.beta,
+                    desirable_weight=self.desirable_weight,
+                    undesirable_weight=self.undesirable_weight,
+                    loss_type=self.loss_type,
+                    rows=divisor,
+                    backward=self.accelerator.backward if backward else None,
+                    reduce=partial(self.accelerator.reduce, reduction="sum") if world > 1 else None,
+                    autocast=self._autocast,
+                )
+            loss = loss + result.loss
+            results.append((group, result))
+        if world > 1:
+            loss = self.accelerator.reduce(loss, reduction="sum")
+            if backward:
+                self._reduce_gradients()
+        self._note(results, mode)
+        return loss.detach()
+
+    def _group(self, rows: TokenRows, scores: ReferenceScores, numbers, partner) -> Group:
+        device = self.engine.device
+        own, other = numbers.tolist(), partner.tolist()
+
+        def tensor(values, dtype=torch.float32):
+            return torch.as_tensor(values, dtype=dtype, device=device)
+
+        kl = self.calculate_KL
+        return Group(
+            [rows.prompt[i] for i in own],
+            [rows.completion[i] for i in own],
+            [rows.completion[i] for i in other] if kl else None,
+            tensor(rows.labels[numbers], torch.bool),
+            tensor(scores.values(zip(own, own, strict=True)), torch.float64),
+            tensor(scores.values(zip(own, other, strict=True)), torch.float64) if kl else None,
+        )
+
+    def engine_idle(self, backward: bool) -> None:
+        """Take part in z0 with no rows, so that the other processes do not wait."""
+        if self.calculate_KL:
+            self.accelerator.reduce(torch.zeros(2, device=self.engine.device), reduction="sum")
+
+    def _reduce_gradients(self) -> None:
+        """Sum over processes; the row losses were divided by the rows of all of them."""
+        for p in trainable(self.model).values():
+            grad = p.grad if p.grad is not None else torch.zeros_like(p)
+            p.grad = self.accelerator.reduce(grad, reduction="sum")
+
+    # ---- metrics -----------------------------------------------------------------------------------------------------
+
+    def _note(self, results: list, mode: str) -> None:
+        """Append TRL's metrics of one step (one entry a micro-batch with kl_group "microbatch")."""
+        metrics = self._metrics[mode]
+        for group, result in results:
+            rewards = self.beta * (result.logps - group.ref.to(result.logps.dtype))
+            sums = [result.entropy.sum(), result.lengths.sum(), result.lengths.new_tensor(result.tokens)]
+            for chosen in (group.labels, ~group.labels):
+                sums += [chosen.sum(), rewards[chosen].sum(), result.logps[chosen].sum()]
+                sums += [result.mean_logits[chosen].sum(), result.lengths[chosen].sum()]
+            total = torch.stack([s.double().to(self.engine.device) for s in sums])
+            if self.accelerator.num_processes > 1:
+                total = self.accelerator.reduce(total, reduction="sum")
+            entropy, scored, tokens, *sides = total.tolist()
+            metrics["kl"].append(float(result.z0))
+            metrics["entropy"].append(entropy / max(1.0, scored))
+            if mode == "train":
+                self._total_train_tokens += int(tokens)
+            metrics["num_tokens"] = [self._total_train_tokens]
+            margin = 0.0
+            for name, sign, (rows, reward, logp, logits, length) in (
+                ("chosen", 1, sides[:5]),
+                ("rejected", -1, sides[5:]),
+            ):
+                if rows:
+                    metrics[f"rewards/{name}"].append(reward / rows)
+                    metrics[f"logps/{name}"].append(logp / rows)
+                    metrics[f"logits/{name}"].append(logits / length)
+                    margin += sign * reward / rows
+            if sides[0] and sides[5]:
+                metrics["rewards/margins"].append(margin)
+
+    def floating_point_ops(self, inputs) -> int:
+        return 0  # the batch holds row numbers, which say nothing of the work
+
+    # ---- evaluation --------------------------------------------------------------------------------------------------
+
+    def _eval_sets(self, dataset) -> dict:
+        if dataset is None:
+            return {}
+        return dict(dataset) if isinstance(dataset, dict) else {"": dataset}
+
+    def _prepare_eval(self, name: str, dataset) -> tuple[Planner, ReferenceScores]:
+        known = self._planned_eval.get(name)
+        if known is None or known[2] is not dataset:
+            rows = TokenRows.from_dataset(dataset)
+            size = max(2, self.args.per_device_train_batch_size)
+            planner = Planner(rows, size, self.args.seed, None, self.calculate_KL)
+            scores = self._scores(rows)
+            scores.prepare(planned_pairs(planner, len(planner.epoch(0))), self._progress, self._cancel)
+            known = self._planned_eval[name] = (planner, scores, dataset)
+        return known[:2]
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Loss and TRL's metrics over all rows, each row counted once (KL groups as in training, fixed pairs)."""
+        datasets = self._eval_sets(self.eval_dataset if eval_dataset is None else eval_dataset)
+        if not datasets:
+            raise DataError("There are no rows to evaluate on.")
+        results: dict[str, float] = {}
+        for name, dataset in datasets.items():
+            prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
+            results |= self._evaluate_one(name, dataset, prefix)
+        return results
+
+    def _evaluate_one(self, name: str, dataset, prefix: str) -> dict[str, float]:
+        planner, scores = self._prepare_eval(name, dataset)
+        started, was_training = time.time(), self.model.training
+        self.model.eval()
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        total, kept = 0.0, self._metrics["eval"]
+        self._metrics["eval"] = defaultdict(list)
+        for inputs in GroupLoader(planner, rank, world):
+            loss, _, _ = self.prediction_step(self.model, {**inputs, "planned": (planner.rows, scores)}, True)
+            total += float(loss) * inputs["size"]
+        seconds = time.time() - started
+        metrics = {f"{prefix}_loss": total / len(planner.rows), f"{prefix}_runtime": round(seconds, 4)}
+        metrics[f"{prefix}_samples_per_second"] = round(len(planner.rows) / max(seconds, 1e-9), 3)
+        metrics |= {f"{prefix}_{k}": sum(v) / len(v) for k, v in self._metrics["eval"].items()}
+        self._metrics["eval"] = kept
+        self.log(dict(metrics))
+        self.model.train(was_training)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        with torch.no_grad():
+            loss = self._step(inputs, backward=False, planned=inputs["planned"], mode="eval")
+        return loss, None, None
+
+
+def _shared(accelerator, todo: int) -> tuple[slice, object]:
+    """The part of a list that this process computes, and a function that joins all processes' dicts."""
+    from accelerate.utils import gather_object
+
+    size = -(-todo // accelerator.num_processes)
+    start = accelerator.process_index * size
+
+    def join(values: dict) -> dict:
+        joined = {}
+        for part in gather_object([values]):
+            joined |= part
+        return joined
+
+    return slice(start, min(todo, start + size)), join
