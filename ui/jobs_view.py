@@ -60,7 +60,7 @@ def _line(job: jobs.Job, prefix: str) -> str:
         right = f"{100 * job.fraction:.0f} %" + (f" · {duration(job.eta)} left" if job.eta is not None else "")
     elif job.ended:
         right += f" in {duration(job.ended - job.started)}"
-    text = html.escape(job.error or job.text)
+    text = "" if job.state == "done" else html.escape(job.error or job.text)
     middle = bar(job.fraction, name) if job.running else ""
     return (
         f'<div class="job job-{job.state}" data-job="{job.id}">'
@@ -71,7 +71,7 @@ def _line(job: jobs.Job, prefix: str) -> str:
 
 def build(ctx: Context, prefix: str) -> None:
     """Show the jobs of ``prefix`` on the timer, with Cancel while one runs."""
-    with gr.Row(equal_height=True):
+    with gr.Row(equal_height=False):
         area = gr.HTML("", visible=False, elem_classes="jobs", show_label=False)
         cancel = gr.Button(
             "Cancel", variant="stop", visible=False, scale=0, min_width=110, elem_id=f"cancel-{prefix.strip().lower()}"
