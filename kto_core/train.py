@@ -205,7 +205,7 @@ def _build(config, run_dir, data: Planned, tokenizer, events, watch, progress, c
         if engine == "packed":
             from .engine import PackedKTOTrainer as base_class
 
-            keywords = {"kl_group": config.kl_group, "rows": data.train}
+            keywords = {"kl_group": config.kl_group, "progress": progress, "cancel": watch.asked}
         else:
             from trl import KTOTrainer as base_class
         model = models.load_base(config, for_training=True, progress=progress, cancel=watch.asked)
@@ -324,14 +324,14 @@ def choose_engine(config: RunConfig, events: EventLog) -> str:
     try:
         from .engine import available
 
-        ok, reason = available(AutoConfig.from_pretrained(local_folder(config.model)))
+        ok, reason = available(AutoConfig.from_pretrained(local_folder(config.model)), config.max_length)
     except ImportError as e:
-        ok, reason = False, f"it cannot be loaded ({e})"
+        ok, reason = False, f"it cannot be loaded ({e})."
     if ok:
         return "packed"
     if config.engine == "packed":
-        raise ModelError(f"The packed engine cannot train {config.model}: {reason}. Choose engine `auto` or `trl`.")
-    events.log(f"Training with TRL's own step; the packed engine is not used: {reason}.")
+        raise ModelError(f"The packed engine cannot train {config.model}: {reason} Choose engine `auto` or `trl`.")
+    events.log(f"Training with TRL's own step; the packed engine is not used: {reason}")
     return "trl"
 
 
