@@ -369,7 +369,7 @@ def _search(rows: Sequence[Row], needle: str) -> Iterator[int]:
     for i in range(len(rows)):
         if quick:
             raw = rows.raw(i)
-            if quick not in raw.lower() and b"\\u00" not in raw and raw.isascii():
+            if quick not in raw.lower() and b"\\u" not in raw and raw.isascii():
                 continue
         if needle in _text(rows[i]).casefold():
             yield i

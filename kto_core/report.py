@@ -5,6 +5,7 @@ This module knows nothing of files and rows; `dataset` fills it.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -213,7 +214,8 @@ def write_issues(report: Report, path: str | os.PathLike) -> Path:
                 f.writelines(json.dumps(i, ensure_ascii=False) + "\n" for i in report.issues)
         os.replace(part, path)
     except OSError as e:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
         raise DiskError(f"{path} cannot be written: {e.strerror}. Make room, or choose another folder.") from None
     return path
 

@@ -86,8 +86,10 @@ def decode(raw: bytes) -> tuple[object, list[str]]:
         DroppedRow: not JSON, or not UTF-8.
     """
     with contextlib.suppress(orjson.JSONDecodeError):
-        return _shallow(raw, orjson.loads(raw)), []
-    try:  # the standard library reads what the quick parser refuses: NaN, lone surrogates, whole numbers of any size
+        obj = _shallow(raw, orjson.loads(raw))
+        if not (isinstance(obj, dict) and any(v.__class__ is float and abs(v) >= 2**63 for v in obj.values())):
+            return obj, []
+    try:  # the standard library reads what the quick parser refuses or rounds: NaN, half surrogates, huge numbers
         obj = json.loads(raw.decode())
     except UnicodeDecodeError as e:
         raise DroppedRow("not valid UTF-8", f"byte {e.start + 1}") from None

@@ -17,7 +17,8 @@ QWEN = (  # tools, calls and results of its own; thinking is asked for but not r
     "{% if tools %}<|im_start|>system\nTOOLS {{ tools | tojson }}<|im_end|>\n{% endif %}"
     "{% for m in messages %}<|im_start|>{{ 'user' if m.role == 'tool' else m.role }}\n"
     "{% if m.role == 'tool' %}RESULT {% endif %}{{ m.content if m.content is not none else '' }}"
-    "{% for c in m.tool_calls or [] %}{{ '\n' }}CALL {{ c.function.name }} {{ c.function.arguments | tojson }}{% endfor %}"
+    "{% for c in m.tool_calls or [] %}{{ '\n' }}"
+    "CALL {{ c.function.name }} {{ c.function.arguments | tojson }}{% endfor %}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
 )
 LLAMA = (
