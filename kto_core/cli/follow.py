@@ -138,10 +138,10 @@ class _Screen:
                 file=sys.stderr,
                 disable=False,
                 dynamic_ncols=True,
-                bar_format="{n_fmt}/{total_fmt} |{bar}| {postfix}",
+                bar_format="step {n_fmt}/{total_fmt} |{bar}| {desc}",
             )
         self.bar.total, self.bar.n = state.total_steps, state.step
-        self.bar.set_postfix_str(
+        self.bar.set_description_str(
             _values({name: state.latest(name) for name, _ in SHOWN} | {"eta": state.eta}), refresh=False
         )
         self.bar.refresh()
