@@ -1,0 +1,53 @@
+"""One or two tabs of the interface, served alone and opened in Debian's chromium."""
+
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator
+
+import gradio as gr
+
+from kto_core import paths
+from ui.context import Context
+
+
+@contextlib.contextmanager
+def served(**tabs: Callable[[Context], None]) -> Iterator[str]:
+    """The address of a page with these tabs (name -> build); the last one is open."""
+    with gr.Blocks(fill_width=True) as blocks:
+        timer, data, run, advice = gr.Timer(0.3), gr.BrowserState(""), gr.BrowserState(""), gr.State(None)
+        with gr.Tabs(selected=list(tabs)[-1]) as holder:
+            ctx = Context(blocks, holder, timer, data, run, advice)
+            for name, build in {"data": lambda ctx: gr.Markdown("The data tab"), **tabs}.items():
+                with gr.Tab(name.capitalize(), id=name):
+                    build(ctx)
+    paths.runs_dir().mkdir(parents=True, exist_ok=True)
+    gr.set_static_paths([paths.runs_dir()])
+    _, url, _ = blocks.launch(prevent_thread_lock=True, quiet=True, ssr_mode=False, server_name="127.0.0.1")
+    try:
+        yield url
+    finally:
+        blocks.close()
+
+
+@contextlib.contextmanager
+def opened(url: str) -> Iterator:
+    """A page that fails the test on any script error, console error or request to another machine."""
+    from playwright.sync_api import sync_playwright
+
+    program = shutil.which("chromium")
+    assert program, "Chromium is missing. On Debian: apt-get install chromium"
+    problems: list[str] = []
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        page = browser.new_context(viewport={"width": 1280, "height": 900}, accept_downloads=True).new_page()
+        page.on("pageerror", lambda e: problems.append(f"script: {e}"))
+        page.on("console", lambda m: problems.append(f"console: {m.text}") if m.type == "error" else None)
+        page.on("request", lambda r: problems.append(f"request: {r.url}") if not _own(r.url, url) else None)
+        page.goto(url)
+        yield page
+        assert not problems, problems
+        browser.close()
+
+
+def _own(address: str, url: str) -> bool:
+    return address.startswith((url, url.replace("http", "ws", 1), "data:", "blob:"))
