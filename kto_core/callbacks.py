@@ -56,8 +56,7 @@ class RunCallback:
         if self.watch.now.is_set():
             raise StopNow("Stopped at once; the last checkpoint is the newest saved state.")
         if self.watch.look():
-            control.should_save = control.should_training_stop = True
-            control.should_evaluate = False
+            control.should_save = control.should_training_stop = True  # an evaluation that is due is still made
 
     def on_save(self, args, state, control, **_):
         self.events.append("checkpoint", step=state.global_step, path=f"checkpoints/checkpoint-{state.global_step}")

@@ -242,6 +242,7 @@ def load_base(
 
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.utils import logging as transformers_logging
 
     folder = local_folder(config.model, progress, cancel)
     dtype = training_dtype(config)
@@ -260,6 +261,7 @@ def load_base(
         kwargs.pop("device_map")  # plain weights on the CPU need no dispatch
 
     progress(None, f"Loading {config.model}…")
+    transformers_logging.disable_progress_bar()
     try:
         try:
             model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", **kwargs)

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -100,6 +101,10 @@ class _Studio:
             raise not_finite(self.state.global_step + 1)
         return loss
 
+    def _precompute_ref_logps(self, *args, **kwargs):
+        with _quiet():
+            return super()._precompute_ref_logps(*args, **kwargs)
+
     def compute_ref_log_probs(self, model, inputs):
         self.studio["watch"].check()
         self.studio["reference_progress"](len(inputs["label"]))
@@ -177,6 +182,22 @@ def save_adapter(model, tokenizer, folder: Path, base: str) -> None:
     config.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     tokenizer.save_pretrained(str(folder))
+
+
+@contextlib.contextmanager
+def _quiet():
+    """No bars in the app's terminal: progress is in the run's events."""
+    import datasets
+
+    before, shown = os.environ.get("TQDM_DISABLE"), datasets.utils.are_progress_bars_disabled()
+    os.environ["TQDM_DISABLE"] = "1"
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        os.environ.pop("TQDM_DISABLE") if before is None else os.environ.update(TQDM_DISABLE=before)
+        if not shown:
+            datasets.enable_progress_bars()
 
 
 def _no_space(e: BaseException) -> bool:
