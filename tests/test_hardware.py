@@ -258,6 +258,8 @@ def test_on_a_cpu(monkeypatch):
     plan = hardware.plan(resolve("demo"), [200] * 100)
     assert plan.verdict == "cpu" and plan.advice == "" and 1 < plan.predicted_gib < 8
     assert plan.parts["weights"] == pytest.approx(134_515_008 * 4 / GIB, rel=1e-3)  # float32
+    plan = hardware.plan(resolve("demo", engine="trl"), [205] * 99 + [294])
+    assert plan.predicted_gib == pytest.approx(4.36, rel=0.1)  # peak resident memory that was measured
     big = hardware.plan(resolve("7b"), LENGTHS)
     assert big.verdict == "cpu" and "preset demo" in big.advice
 

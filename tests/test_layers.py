@@ -84,7 +84,8 @@ def room(name: str) -> str | None:
 def test_imports_run_one_way(path):
     """A room imports rooms of its own row or before, inside functions too; so do the helpers it imports at its top."""
     own = room(module(path))
-    wrong = [f"line {line}: {own} imports {r}" for n, _, line in imports(path) if (r := room(n)) and RANK[r] > RANK[own]]
+    direct = [(room(name), line) for name, _, line in imports(path) if room(name)]
+    wrong = [f"line {line}: {own} imports {name}" for name, line in direct if RANK[name] > RANK[own]]
     for name, reached in reach(path).items():
         if RANK[name] > RANK[own]:
             wrong.append(f"{own} imports {name} ({reached})")
