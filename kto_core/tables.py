@@ -9,8 +9,11 @@ import ast
 import csv
 import io
 import json
+import socket
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import orjson
 
@@ -18,7 +21,8 @@ from .errors import DataError
 from .rows import COLUMNS, DroppedRow, shorten
 
 _MESSAGES = tuple(sorted(COLUMNS - {"label", "tools"}))
-_UNREACHABLE = ("ConnectionError", "ConnectError", "ConnectTimeout", "ReadTimeout", "OfflineModeIsEnabled")
+_UNREACHABLE = "{source} is no file here, and the Hub cannot be reached for it. Check the network, or give a file."
+_NETWORK = ("ConnectionError", "ConnectError", "ConnectTimeout", "ReadTimeout", "OfflineModeIsEnabled")
 
 
 def is_broken(value: object) -> bool:
@@ -136,11 +140,30 @@ def hub_batches(source: str, split: str) -> Iterator:
     import datasets
 
     repo, _, config = source.partition(":")
+    cached = Path(datasets.config.HF_DATASETS_CACHE, repo.replace("/", "___"))
+    if not (Path(repo).exists() or cached.exists() or _reachable()):
+        raise DataError(_UNREACHABLE.format(source=source))
     try:
         found = datasets.load_dataset(repo, config or None, split=split)
     except Exception as e:  # every layer of the library has errors of its own
         raise DataError(_hub_problem(e, source, split)) from e
     return (table for table in found.with_format("arrow").iter(1000))
+
+
+def _reachable() -> bool:
+    """Whether something answers at the Hub's address; the library itself would try for half a minute."""
+    from huggingface_hub import constants
+
+    url = urlsplit(constants.ENDPOINT)
+    if constants.is_offline_mode():
+        return False
+    if getproxies().get(url.scheme) and not proxy_bypass(url.hostname):
+        return True  # for the library to find out
+    try:
+        socket.create_connection((url.hostname, url.port or (443 if url.scheme == "https" else 80)), timeout=5).close()
+        return True
+    except OSError:
+        return False
 
 
 def _hub_problem(e: Exception, source: str, split: str) -> str:
@@ -154,8 +177,8 @@ def _hub_problem(e: Exception, source: str, split: str) -> str:
         return f"{source} has no split {split}. Its splits: {known.strip('[]') or 'unknown'}."
     if "Config name is missing" in text or "BuilderConfig" in text:
         return f"{source} has several configurations: name one as {source.partition(':')[0]}:NAME. {shorten(text, 300)}"
-    if any(n in _UNREACHABLE for n in names):
-        return f"{source} is no file here, and the Hub cannot be reached for it. Check the network, or give a file."
+    if any(n in _NETWORK for n in names):
+        return _UNREACHABLE.format(source=source)
     if "NotFound" in names[0]:
         return (
             f"{source} is neither a file here nor a data set on the Hub that you may read. "

@@ -332,12 +332,13 @@ def test_hub_problems(tmp_path):
         tables.hub_batches(str(tmp_path), "test")
 
 
-def test_hub_without_network():
+@pytest.mark.parametrize("how", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9", "no_proxy": "*"}])
+def test_hub_without_network(how, tmp_path):
     code = (
         "from kto_core import dataset\nfrom kto_core.errors import DataError\n"
         "try: dataset.load('owner/name')\nexcept DataError as e: print(e)"
     )
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    env = {**os.environ, "HF_HOME": str(tmp_path), **how}
     told = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True)
     assert b"owner/name is no file here, and the Hub cannot be reached" in told.stdout, told.stderr
 
