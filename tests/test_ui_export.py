@@ -1,4 +1,4 @@
-"""The Export tab and the view of long jobs: what they show, and a GGUF made, checked and downloaded in a real browser."""
+"""The Export tab and the view of long jobs: what they show, and a GGUF made, checked and downloaded in a browser."""
 
 import threading
 
