@@ -193,12 +193,15 @@ def plan_epoch(
 def plan_sequential(n: int, micro_batch: int, accumulation: int) -> EpochPlan:
     """TRL's own order: rows as they come; y' is the completion of the row before, inside each micro-batch of TRL's.
 
-    A last micro-batch of one row is paired with itself (counted in ``own``), as TRL does.
+    A last micro-batch of one row takes the completion of the row before it; TRL would give it its own, whose KL is its
+    reward. (The fallback trainer's rows are paired the same way.)
     """
     rows = np.arange(n)
     starts = rows // micro_batch * micro_batch
     ends = np.minimum(starts + micro_batch, n)
     partner = np.where(rows == starts, ends - 1, rows - 1)
+    if n > 1 and n % micro_batch == 1:
+        partner[-1] = n - 2
     step = micro_batch * accumulation
     bounds = np.append(np.arange(0, n, step), n)
     return EpochPlan(rows, bounds, partner, own=int(np.count_nonzero(partner == rows)))
