@@ -22,7 +22,8 @@ def served(**tabs: Callable[[Context], None]) -> Iterator[str]:
                     build(ctx)
     paths.runs_dir().mkdir(parents=True, exist_ok=True)
     gr.set_static_paths([paths.runs_dir()])
-    _, url, _ = blocks.launch(prevent_thread_lock=True, quiet=True, ssr_mode=False, server_name="127.0.0.1")
+    css = (paths.ROOT / "ui" / "tabs.css").read_text()
+    _, url, _ = blocks.launch(prevent_thread_lock=True, quiet=True, ssr_mode=False, server_name="127.0.0.1", css=css)
     try:
         yield url
     finally:

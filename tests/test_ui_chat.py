@@ -173,3 +173,136 @@ def test_closing_the_answer_sets_the_event_the_model_reads(monkeypatch):
     messages, sent, cancel = seen[0]
     assert stop.is_set() and cancel is stop and sent["seed"] is None and sent["tuned"] is True
     assert messages == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
+
+
+# ---- a real conversation in a real browser
+
+
+def said(page, side="a") -> str:
+    """The last answer shown."""
+    return page.locator(f"#chat-{side} .bot.message").last.inner_text().strip()
+
+
+def ask(page, text: str) -> None:
+    """Send a message and wait for the whole answer."""
+    page.locator("#chat-message textarea").fill(text)
+    page.locator("#chat-message textarea").press("Enter")
+    page.locator("#chat-stop").wait_for()
+    page.locator("#chat-send").wait_for(timeout=120_000)
+
+
+@pytest.mark.browser
+def test_a_conversation_with_the_demo_model(demo_model, monkeypatch, tmp_path):
+    from tabs import opened, served
+
+    from kto_core import chat, dataset, paths
+    from ui import chat_tab
+
+    monkeypatch.setenv("KTO_STUDIO_DATA", str(tmp_path / "data"))
+    file = paths.data_dir() / chat_tab.FEEDBACK
+    with served(chat=chat_tab.build) as url, opened(url) as page:
+        page.get_by_text("Nothing is loaded").wait_for()
+        page.get_by_text("Sampling").click()
+        page.locator("#chat-max-tokens input[type=number]").fill("24")
+        page.locator("#chat-max-tokens input[type=number]").press("Tab")
+
+        # loads by itself, streams, says how fast
+        ask(page, "What is the capital of France?")
+        assert said(page) and "tokens/s" in page.locator("#chat-stats").inner_text()
+        page.get_by_text("Loaded:").wait_for()
+
+        # thumbs become rows, one an answer; taken back, the row goes
+        column = page.locator("#chat-a")
+        column.get_by_role("button", name="Like", exact=True).click()
+        page.get_by_text("1 row collected (1 👍, 0 👎)").wait_for()
+        column.get_by_role("button", name="Dislike", exact=True).click()
+        page.get_by_text("1 row collected (0 👍, 1 👎)").wait_for()
+        rows = dataset.load(str(file)).rows
+        assert (
+            len(rows) == 1 and not rows[0].label and rows[0].prompt[-1]["content"] == "What is the capital of France?"
+        )
+        assert rows[0].completion[0]["content"].strip()
+
+        # a reload keeps the conversation and the thumb
+        before = said(page)
+        page.reload()
+        column.locator(".bot.message").wait_for()
+        assert said(page) == before
+        column.get_by_role("button", name="Disliked", exact=True).click()
+        page.get_by_text("to collect training rows").wait_for()
+        assert chat.feedback_counts(file) == (0, 0)
+
+        # side by side: both answer the same history
+        page.get_by_text("Side by side").click()
+        page.locator("#chat-b .bot.message").wait_for()
+        ask(page, "And of Spain?")
+        assert page.locator("#chat-b .bot.message").count() == page.locator("#chat-a .bot.message").count() == 2
+
+        # stop ends a long answer and keeps what was written
+        page.locator("label").filter(has_text="Base").locator("input").check()
+        page.get_by_text("Sampling").click()
+        page.locator("#chat-max-tokens input[type=number]").fill("2000")
+        page.locator("#chat-max-tokens input[type=number]").press("Tab")
+        page.locator("#chat-message textarea").fill("Count from one to five hundred, in words.")
+        page.locator("#chat-send").click()
+        page.wait_for_function("document.querySelectorAll('#chat-a .bot.message')[2]?.innerText.length > 10")
+        page.locator("#chat-stop").click()
+        page.locator("#chat-send").wait_for(timeout=15_000)
+        assert len(said(page)) > 10
+
+        # undo gives the question back, clear forgets all
+        column.get_by_role("button", name="Undo", exact=True).click()
+        page.wait_for_function("document.querySelector('#chat-message textarea').value.startsWith('Count')")
+        page.locator("#chat-clear").click()
+        page.get_by_text("Say something.").first.wait_for()
+        page.locator("#chat-unload").click()
+        page.get_by_text("Nothing is loaded").wait_for()
+        assert chat.current() is None
+
+
+@pytest.mark.browser
+def test_html_of_a_model_is_text_on_the_page(monkeypatch):
+    from tabs import opened, served
+
+    from kto_core import chat
+    from ui import chat_tab
+
+    class Evil:
+        name, device, has_adapter, stats = "evil", "cpu", True, {"tokens": 1, "seconds": 1.0, "tokens_per_second": 1.0}
+
+        def stream(self, messages, **settings):
+            yield EVIL + "\n\n![x](http://127.0.0.1:9/y.png) <style>body{display:none}</style>"
+
+    evil = Evil()
+    monkeypatch.setattr(chat, "current", lambda: evil)
+    with served(chat=chat_tab.build) as url, opened(url) as page:  # `opened` fails on a request to elsewhere
+        page.get_by_text("Loaded:").wait_for()
+        ask(page, "<img src=x onerror=window.pwned=3> hello")
+        shown = chat_view.typed(said(page))
+        assert "<b>b</b>" in shown and "<script>" in shown and "onerror" in shown
+        page.locator("#chat-markdown input").uncheck()
+        page.wait_for_function("document.querySelector('#chat-a .bot.message').innerText.includes('![x]')")
+        assert page.evaluate("window.pwned") is None
+        assert page.locator("#chat-a .message img").count() == 0
+
+
+@pytest.mark.browser
+def test_a_model_that_is_not_there_is_said_and_the_page_stays(monkeypatch):
+    from tabs import opened, served
+
+    from kto_core import chat
+    from kto_core.errors import BusyError
+    from ui import chat_tab
+
+    def busy(*args, **more):
+        raise BusyError("Training run r1 owns the GPU. Wait for its end, or stop it in the Train tab.")
+
+    monkeypatch.setattr(chat, "load", busy)
+    monkeypatch.setattr(chat, "current", lambda: None)
+    with served(chat=chat_tab.build) as url, opened(url) as page:
+        page.locator("#chat-load").click()
+        page.locator("#chat-status").get_by_text("owns the GPU").wait_for()
+        page.locator("#chat-message textarea").fill("hello")
+        page.locator("#chat-send").click()
+        page.locator(".toast-wrap, [data-testid=toast-body]").get_by_text("owns the GPU").wait_for()
+        page.locator("#chat-send").wait_for()

@@ -116,3 +116,26 @@ def test_only_the_newest_jobs_are_shown():
 def test_unknown_progress_has_no_value():
     assert "aria-valuenow" not in jobs_view.bar(None, "x") and "job-unknown" in jobs_view.bar(None, "x")
     assert jobs_view.duration(3725) == "1 h 2 min" and jobs_view.duration(65) == "1 min 5 s"
+
+
+# ---- in a browser
+
+
+@pytest.mark.browser
+def test_a_job_on_the_page_survives_a_reload_and_can_be_cancelled(clean_jobs):
+    from tabs import opened, served
+
+    def work(progress, cancel):
+        progress(0.4, "Writing the file")
+        assert cancel.wait(60)
+        raise Cancelled("Stopped as you asked.")
+
+    with served(export=lambda ctx: jobs_view.build(ctx, "Export ")) as url, opened(url) as page:
+        page.get_by_role("tab", name="Data").wait_for()
+        jobs.start("Export GGUF of r1", work)
+        page.get_by_role("progressbar").wait_for()
+        page.reload()
+        page.get_by_text("40 %").wait_for()
+        page.locator("#cancel-export").click()
+        page.get_by_text("stopped in").wait_for()
+        page.locator("#cancel-export").wait_for(state="hidden")

@@ -87,7 +87,7 @@ def rated(talk: dict, side: str, index: int, system: str) -> list[dict]:
         ModelError: there is no finished answer at ``index``.
     """
     messages = talk[side][: index + 1]
-    if not messages or messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
+    if len(messages) <= index or messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
         raise ModelError("There is no answer here to rate. Wait until it is complete.")
     return _with_system(messages, messages[-1].get("system", system))
 
