@@ -23,6 +23,7 @@ from . import alive, checkpoints
 from .errors import BusyError, DiskError, RunError
 from .events import EventLog, RunState, fold, read
 from .paths import runs_dir
+from .run_workers import in_process, in_thread, supervised
 from .stopping import STOP_NOW
 
 if TYPE_CHECKING:
@@ -84,8 +85,16 @@ class Run:
                 if state.state != "stopping" and (self.path / "stop").exists():
                     return dataclasses.replace(state, state="stopping", message="Finishing this step, then saving.")
                 return state
-            self._mark_interrupted(known)
+            if not supervised(self.path):  # else its supervisor is about to say how it ended
+                self._mark_interrupted(known, "the process that trained is gone.")
             return self._catch_up(known)
+
+    def note_interrupted(self, reason: str) -> None:
+        """Write down that training ended without a terminal status (for the supervisor of a child)."""
+        known = _folded.setdefault(self.path, _Folded())
+        with known.lock:
+            if not self._catch_up(known).terminal:
+                self._mark_interrupted(known, reason)
 
     def _catch_up(self, known: _Folded) -> RunState:
         file = self.path / "events.jsonl"
@@ -101,7 +110,7 @@ class Run:
             fold(events, known.state)
         return known.state
 
-    def _mark_interrupted(self, known: _Folded) -> None:
+    def _mark_interrupted(self, known: _Folded, reason: str) -> None:
         """Under the run's lock, so that nobody who trains is contradicted and two readers write it once."""
         try:
             alive.acquire(self.path, self.id)
@@ -113,7 +122,7 @@ class Run:
                 at = f"after step {known.state.step:,}" if known.state.step else "before the first step"
                 with contextlib.suppress(OSError):
                     EventLog(self.path / "events.jsonl").status(
-                        "interrupted", message=f"Interrupted {at}: the process that trained is gone. Resume goes on."
+                        "interrupted", message=f"Interrupted {at}: {reason} Resume goes on."
                     )
                 known.state.state = "interrupted"
         finally:
@@ -298,7 +307,6 @@ def start(run: Run, *, block: bool = False) -> None:
         ConfigError: the run's config.yaml is not valid.
     """
     from .hardware import owner
-    from .run_workers import in_process, in_thread
 
     config = run.config().config
     if (other := active()) is not None:

@@ -9,10 +9,11 @@ import subprocess
 import sys
 import threading
 import traceback
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import alive
-from .events import EventLog, fold, read
+from .events import EventLog
 from .paths import ROOT
 
 if TYPE_CHECKING:
@@ -21,6 +22,14 @@ if TYPE_CHECKING:
 
 PATIENCE = 5.0  # seconds a child has to end itself after the second stop
 POLL = 0.2
+
+
+_supervised: set[Path] = set()
+
+
+def supervised(run_dir: Path) -> bool:
+    """Whether a thread of this process watches a child that trains this run, and will note how it ends."""
+    return run_dir in _supervised
 
 
 def in_thread(run: Run, config: RunConfig) -> threading.Thread:
@@ -66,6 +75,7 @@ def in_process(run: Run, config: RunConfig) -> threading.Thread:
         )
     alive.release(run.path)  # our copy of the file; the child has its own
 
+    _supervised.add(run.path)
     thread = threading.Thread(target=_supervise, args=(run, child), name=f"supervise-{run.id}", daemon=True)
     thread.start()
     return thread
@@ -82,21 +92,17 @@ def _supervise(run: Run, child: subprocess.Popen) -> None:
         if waited > PATIENCE:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
-    file = run.path / "events.jsonl"
-    if fold(read(file)[0]).terminal:
-        return
-    with contextlib.suppress(OSError):
-        EventLog(file).log(_ending(child.returncode, run), "error")
-    run.state()  # notes the interruption
+    run.note_interrupted(_ending(child.returncode, run))
+    _supervised.discard(run.path)
 
 
 def _ending(code: int, run: Run) -> str:
     if code < 0:
         name = signal.Signals(-code).name
         hint = " Often the machine's memory was full." if name == "SIGKILL" else ""
-        return f"The training process was ended by {name}.{hint}"
+        return f"the training process was ended by {name}.{hint}"
     try:
         lines = (run.path / "worker.log").read_text(errors="replace").strip().splitlines()
     except OSError:
         lines = []
-    return f"The training process ended with code {code}: {lines[-1][:300] if lines else 'it said nothing'}"
+    return f"the training process ended with code {code} ({lines[-1][:300] if lines else 'it said nothing'})."

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from . import alive, checkpoints
 from .dry_run import dry_run  # noqa: F401 - a door of this module
 from .errors import Cancelled, ConfigError, DataError, HardwareError, KTOError, ModelError
-from .events import EventLog
+from .events import EventLog, read
 from .train_data import Planned, plan_data, write_dataset_json
 
 if TYPE_CHECKING:
@@ -171,7 +171,8 @@ def _train(config: RunConfig, run_dir: Path, events: EventLog, watch: StopWatch)
 
     started = time.monotonic()
     trainer = _build(config, run_dir, data, tokenizer, events, watch, progress, checkpoint)
-    _connect(trainer, config, data, events, watch, checkpoint)
+    earlier = any(e["kind"] == "metric" for e in read(events.path)[0])
+    _connect(trainer, config, data, events, watch, checkpoint, earlier)
     watch.check()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return _finish(trainer, config, run_dir, tokenizer, events, watch, time.monotonic() - started)
@@ -253,7 +254,7 @@ def _clear_errors(config: RunConfig):
         raise ConfigError(f"target_modules: {config.model} has none of {config.target_modules}. Try all-linear.") from e
 
 
-def _connect(trainer, config: RunConfig, data: Planned, events, watch, checkpoint) -> None:
+def _connect(trainer, config: RunConfig, data: Planned, events, watch, checkpoint, earlier: bool) -> None:
     """Our callback, and nothing that prints."""
     from transformers import PrinterCallback
 
@@ -268,7 +269,8 @@ def _connect(trainer, config: RunConfig, data: Planned, events, watch, checkpoin
         "labels": data.labels,
         "mean_tokens": sum(data.lengths) / len(data.lengths),
         "mean_weight": desirable * config.desirable_weight + (1 - desirable) * config.undesirable_weight,
-        "resumed_from": checkpoints.step_of(checkpoint) if checkpoint else None,
+        # 0 where steps were made and lost: they come again, and their old metrics go
+        "resumed_from": checkpoints.step_of(checkpoint) if checkpoint else (0 if earlier else None),
     }
     restore = (lambda: trainer.restore_meters(checkpoint)) if checkpoint else None
     trainer.remove_callback(PrinterCallback)

@@ -143,9 +143,11 @@ def test_precomputed_reference_gives_the_same_metrics(tiny, data, tmp_path):
             assert x[name] == pytest.approx(y[name], abs=2e-5), name
 
 
-def test_pretrained_adapter_is_its_own_reference(tiny, data, tmp_path):
+@pytest.mark.parametrize("engine", ["trl", "packed"])
+def test_pretrained_adapter_is_its_own_reference(tiny, data, tmp_path, engine):
     run(tiny, data, tmp_path / "first", max_steps=4)
-    ended = run(tiny, data, tmp_path / "second", max_steps=3, save_steps=1, adapter=str(tmp_path / "first" / "adapter"))
+    overrides = {"max_steps": 3, "save_steps": 1, "engine": engine, "adapter": str(tmp_path / "first" / "adapter")}
+    ended = run(tiny, data, tmp_path / "second", **overrides)
     assert ended.state == "finished", ended.error
     assert ended.metrics[0]["loss"] == pytest.approx(0.5, abs=1e-6)  # a reference without the adapter would differ
     assert not list((tmp_path / "second").rglob("ref"))
@@ -168,9 +170,11 @@ def stop_after(folder, step):
     return thread
 
 
-def test_resumed_metrics_equal_the_uninterrupted_run(tiny, data, tmp_path):
+@pytest.mark.parametrize("engine", ["trl", "packed"])
+def test_resumed_metrics_equal_the_uninterrupted_run(tiny, data, tmp_path, engine):
     # many epochs, metrics averaged over three steps, stops at whatever step it comes to: all must be equal
     overrides = {"num_train_epochs": 8, "logging_steps": 3, "save_steps": 4, "test_size": 0.2, "eval_steps": 5}
+    overrides["engine"] = engine
     whole = run(tiny, data, tmp_path / "whole", **overrides)
     assert whole.state == "finished" and whole.step >= 40
     stops = 0
@@ -337,7 +341,15 @@ def test_stuck_loss_is_explained_once():
 # ---- the dry run -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("overrides", [{"num_train_epochs": 2}, {"max_steps": 2}, {"gradient_accumulation_steps": 5}])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"num_train_epochs": 2},
+        {"max_steps": 2},
+        {"gradient_accumulation_steps": 5},
+        {"gradient_accumulation_steps": 5, "engine": "packed"},
+    ],
+)
 def test_dry_run_counts_the_steps_that_are_made(tiny, data, tmp_path, overrides):
     config = resolved(tiny, data, test_size=0.1, **overrides).config
     without = shutil.copytree(tiny, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))

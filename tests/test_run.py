@@ -1,0 +1,250 @@
+"""Runs: folders and ids, threads and processes, kills at any moment, adoption, stop, two at once."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from training import events, make_data, make_tiny, metrics, resolved, wait
+
+from kto_core import alive
+from kto_core import run as runs
+from kto_core.errors import BusyError, RunError
+from kto_core.events import EventLog
+
+LONG = {"max_steps": 400, "save_steps": 3, "logging_steps": 1, "save_total_limit": 3}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory, demo_model):
+    return make_tiny(tmp_path_factory.mktemp("tiny"), demo_model)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("data") / "rows.jsonl")
+
+
+@pytest.fixture(autouse=True)
+def nothing_left():
+    """No test leaves a training behind, whatever happens in it."""
+    yield
+    for run in runs.list_runs():
+        while run.alive():
+            run.stop()
+            time.sleep(0.05)
+
+
+def trainer_pid(run) -> int:
+    """The process that trains a run: it has its folder in the command line."""
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit() and folder.name != str(os.getpid()):
+            try:
+                words = (folder / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if b"kto_core.worker" in words and str(run.path).encode() in words:
+                return int(folder.name)
+    return 0
+
+
+def ended(run, seconds=60):
+    return wait(lambda: (s := run.state()).terminal and not run.alive() and s, seconds)
+
+
+# ---- folders ---------------------------------------------------------------------------------------------------------
+
+
+def test_create_list_find_delete(tiny, data, runs_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(data.parent)
+    first = runs.create(resolved(tiny, data.name))
+    assert first.path.parent == runs_dir and first.id.split("-")[2] == "demo"
+    assert first.config().config.data == str(data)  # found from any working directory
+    second = runs.create(resolved(tiny, data, output_dir=str(tmp_path / "here" / "mine")))
+    assert second.id == "mine" and second.path == tmp_path / "here" / "mine"
+    os.utime(first.path / "config.yaml", (1, 1))
+    assert runs.list_runs() == [second, first]
+    assert runs.find(first.id) == first and runs.find("mine") == second and runs.find(str(second.path)) == second
+    for wrong in ("", "..", "../x", "nowhere", str(tmp_path)):
+        with pytest.raises(RunError, match="no run"):
+            runs.find(wrong)
+    assert first.state().state == "preparing" and not first.alive() and first.adapter is None
+    assert first.dataset() == {} and first.checkpoints() == []
+    second.delete()
+    assert runs.list_runs() == [first] and not second.path.exists()
+    with pytest.raises(RunError, match="not a run"):
+        runs.Run(tmp_path).delete()
+
+
+def test_new_run_moves_an_old_one_aside(tiny, data, tmp_path):
+    folder = tmp_path / "out"
+    run = runs.create(resolved(tiny, data, output_dir=str(folder), max_steps=1))
+    runs.start(run, block=True)
+    assert run.state().state == "finished" and run.adapter
+    again = runs.create(resolved(tiny, data, output_dir=str(folder)))
+    assert again == run and again.state().started is None
+    old = next(p for p in tmp_path.iterdir() if p.name.startswith("out-before-"))
+    assert (old / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_state_is_cheap_and_incremental(tiny, data):
+    run = runs.create(resolved(tiny, data))
+    log = EventLog(run.path / "events.jsonl")
+    with alive.holding(run.path):
+        for step in range(10_000):
+            log.metric(step, loss=0.5)
+        log.status("training", total_steps=10_000)
+        assert len(run.state().metrics) == 10_000
+        times = []
+        for _ in range(50):
+            start = time.perf_counter()
+            runs.Run(run.path).state()
+            times.append(time.perf_counter() - start)
+        assert sorted(times)[45] < 0.005
+        log.metric(10_001, loss=0.4)
+        assert run.state().latest("loss") == 0.4 and len(run.state().metrics) == 10_001
+    log.status("finished")
+    assert run.state().state == "finished"
+
+
+def test_interrupted_is_noted_once(tiny, data):
+    run = runs.create(resolved(tiny, data))
+    EventLog(run.path / "events.jsonl").status("training", total_steps=5)
+    assert run.state().state == runs.Run(run.path).state().state == "interrupted"
+    assert [e["state"] for e in events(run.path)] == ["training", "interrupted"]
+
+
+# ---- in a thread -----------------------------------------------------------------------------------------------------
+
+
+def test_thread_stops_saves_and_goes_on(tiny, data):
+    run = runs.create(resolved(tiny, data, **LONG))
+    runs.start(run)
+    wait(lambda: run.state().step >= 2)
+    assert runs.active() == run and run.alive()
+    other = runs.create(resolved(tiny, data))
+    with pytest.raises(BusyError, match=run.id):
+        runs.start(other)
+    with pytest.raises(BusyError, match=run.id):
+        runs.resume(run)
+    with pytest.raises(BusyError):
+        run.delete()
+    run.stop()
+    assert run.state().state in ("stopping", "stopped")
+    state = ended(run)
+    assert state.state == "stopped" and f"step {state.step} of 400" in state.message
+    assert run.adapter and run.checkpoints()[-1].name == f"checkpoint-{state.step}"
+    assert runs.active() is None
+    with pytest.raises(RunError, match="does not run"):
+        run.stop()
+
+    before = state.step
+    runs.resume(run)
+    wait(lambda: run.state().step > before)
+    run.stop()
+    state = ended(run)
+    steps = [m["step"] for m in state.metrics]
+    assert steps == list(range(1, state.step + 1)) and state.step > before
+
+
+def long_step(tiny, tmp_path, **overrides):
+    """A run whose first step takes half a minute."""
+    rows = make_data(tmp_path / "many.jsonl", rows=2000)
+    run = runs.create(resolved(tiny, rows, **LONG | {"gradient_accumulation_steps": 1000, **overrides}))
+    runs.start(run)
+    assert wait(lambda: (s := run.state()).state in ("training", "failed") and s.state, 90) == "training"
+    return run
+
+
+def test_second_stop_does_not_wait(tiny, tmp_path):
+    run = long_step(tiny, tmp_path)
+    run.stop()
+    run.stop()
+    assert ended(run, 20).state == "stopped"
+    assert run.adapter is None
+
+
+def test_stop_while_preparing(tiny, data):
+    run = runs.create(resolved(tiny, data, **LONG))
+    runs.start(run)
+    run.stop()
+    assert ended(run).state == "stopped" and run.state().step <= 1
+
+
+def test_finished_run_is_not_resumed_and_a_failed_one_is(tiny, data, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    run = runs.create(resolved(tiny, file, max_steps=2))
+    runs.start(run, block=True)
+    assert run.state().state == "failed" and "rows.jsonl" in run.state().error
+    make_data(file)
+    runs.resume(run, block=True)
+    assert run.state().state == "finished" and run.state().error == ""
+    with pytest.raises(RunError, match="finished"):
+        runs.resume(run)
+
+
+# ---- in a process ----------------------------------------------------------------------------------------------------
+
+
+def test_killed_process_is_interrupted_and_resumes_exactly(tiny, data, tmp_path):
+    whole = runs.create(resolved(tiny, data, max_steps=60, save_steps=5))
+    runs.start(whole, block=True)
+    run = runs.create(resolved(tiny, data, max_steps=60, save_steps=5, worker="process"))
+    rng = random.Random(7)
+    runs.start(run)
+    for _ in range(2):
+        before = run.state().step
+        wait(lambda: run.state().step > before + rng.randint(3, 8) or run.state().terminal, 90)  # noqa: B023
+        os.kill(trainer_pid(run), signal.SIGKILL)
+        assert ended(run).state == "interrupted"
+        assert "SIGKILL" in run.state().message
+        runs.resume(run)
+    state = ended(run, 120)
+    assert state.state == "finished", state.error
+    assert metrics(run.path) == metrics(whole.path)
+    assert [e["state"] for e in events(run.path) if e.get("state") in ("interrupted", "finished")][-1] == "finished"
+
+
+def test_killed_while_preparing(tiny, data):
+    run = runs.create(resolved(tiny, data, max_steps=2, worker="process"))
+    runs.start(run)
+    os.kill(wait(lambda: trainer_pid(run)), signal.SIGKILL)
+    assert ended(run).state == "interrupted" and "before the first step" in run.state().message
+
+
+def test_process_outlives_the_app_and_is_adopted(tiny, data):
+    run = runs.create(resolved(tiny, data, **LONG | {"worker": "process"}))
+    app = "import sys; from kto_core import run; run.start(run.find(sys.argv[1]))"
+    subprocess.run([sys.executable, "-c", app, run.id], check=True, cwd=Path(runs.__file__).parents[1])
+    assert run.alive()  # at once, before the child has said anything
+    wait(lambda: run.state().step >= 2, 90)
+    assert runs.active() == run
+    with pytest.raises(BusyError, match=run.id):
+        runs.start(runs.create(resolved(tiny, data)))
+    run.stop()
+    state = ended(run)
+    assert state.state == "stopped" and run.adapter
+    assert sum(e.get("state") == "stopping" for e in events(run.path)) == 1
+
+
+def test_process_second_stop(tiny, tmp_path):
+    run = long_step(tiny, tmp_path, worker="process")
+    run.stop()
+    run.stop()
+    assert ended(run, 20).state == "stopped"
+
+
+def test_broken_config_is_said(tiny, data):
+    run = runs.create(resolved(tiny, data, worker="process"))
+    worker = [sys.executable, "-m", "kto_core.worker", str(run.path)]
+    text = (run.path / "config.yaml").read_text()
+    (run.path / "config.yaml").write_text(text.replace("beta: 0.1", "beta: -1"))
+    done = subprocess.run(worker, cwd=Path(runs.__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert run.state().state == "failed" and "beta" in run.state().error
+    json.dumps(run.state().message)
