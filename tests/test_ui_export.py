@@ -139,3 +139,90 @@ def test_a_job_on_the_page_survives_a_reload_and_can_be_cancelled(clean_jobs):
         page.locator("#cancel-export").click()
         page.get_by_text("stopped in").wait_for()
         page.locator("#cancel-export").wait_for(state="hidden")
+
+
+@pytest.fixture
+def trained(demo_model, tmp_path):
+    """A run of the demo model that ended with an adapter (random: what it learned does not matter here)."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from kto_core import checkpoints, config, run
+    from kto_core.events import EventLog
+
+    found = run.create(config.resolve("demo", {"data": "rows.jsonl"}))
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(demo_model)
+    tuned = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    tuned.save_pretrained(found.path / "adapter")
+    checkpoints.seal(found.path / "adapter")
+    EventLog(found.path / "events.jsonl").status("finished", total_steps=3)
+    return found
+
+
+@pytest.mark.browser
+def test_gguf_is_made_checked_and_downloaded(clean_jobs, trained):
+    from tabs import opened, served
+
+    with served(export=export_tab.build) as url, opened(url) as page:
+        page.locator("#export-facts").get_by_text("finished").wait_for()
+        assert page.locator("#export-run input").input_value() == trained.id
+        for label, wanted in (("q8_0", True), ("q4_k_m", False)):
+            page.locator("#export-quants label").filter(has_text=label).locator("input").set_checked(wanted)
+        page.locator("#export-disk").get_by_text("are free").wait_for()
+        page.locator("#export-gguf").click()
+        page.get_by_role("progressbar").wait_for()
+        page.reload()  # the job does not care
+        page.get_by_text("done in").wait_for(timeout=240_000)
+
+        button = page.locator("button.download, .download button").filter(has_text="q8_0.gguf")
+        button.wait_for()
+        with page.expect_download() as download:
+            button.click()
+        made = export_view.gguf_files(trained.path)
+        assert len(made) == 1 and download.value.path().read_bytes() == made[0].read_bytes()
+        assert made[0].read_bytes()[:4] == b"GGUF"
+        assert page.locator("button").filter(has_text="Modelfile").count() >= 1
+
+        page.locator("#export-check:enabled").click()
+        page.locator("pre.answer").wait_for(timeout=120_000)
+        assert page.locator("pre.answer").inner_text().strip() not in ("", "(no text)")
+
+
+@pytest.mark.browser
+def test_push_asks_for_what_is_missing_and_forgets_the_token(clean_jobs, trained, monkeypatch):
+    from tabs import opened, served
+
+    from kto_core import export
+    from kto_core.errors import HubError
+
+    sent = []
+
+    def refuse(run, repo, *, what, private, token, progress, cancel):
+        sent.append((repo, what, private, token))
+        raise HubError("The Hub refused the token. Check that it may write.")
+
+    monkeypatch.setattr(export, "push", refuse)
+    with served(export=export_tab.build) as url, opened(url) as page:
+        token = page.locator("#export-token input")
+        assert token.get_attribute("type") == "password"
+        page.locator("#export-push:enabled").click()
+        page.locator("[data-testid=toast-body]").get_by_text("owner/name").wait_for()
+        page.locator("#export-repo input, #export-repo textarea").fill("jane/my-model")
+        token.fill("hf_secret")
+        page.locator("#export-push").click()
+        page.locator(".jobs").get_by_text("refused the token").wait_for()
+        assert sent == [("jane/my-model", ["adapter"], True, "hf_secret")]
+        page.wait_for_function("document.querySelector('#export-token input').value === ''")
+        kept = page.evaluate("JSON.stringify(localStorage) + JSON.stringify(sessionStorage)")
+        assert "hf_secret" not in kept
+
+
+@pytest.mark.browser
+def test_without_a_run_the_tab_says_what_to_do(clean_jobs):
+    from tabs import opened, served
+
+    with served(export=export_tab.build) as url, opened(url) as page:
+        page.get_by_text("No run has an adapter yet").wait_for()
+        assert page.locator("#export-gguf").is_disabled() and page.locator("#export-push").is_disabled()
