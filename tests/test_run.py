@@ -155,7 +155,11 @@ def test_thread_stops_saves_and_goes_on(tiny, data):
 def long_step(tiny, tmp_path, **overrides):
     """A run whose first step takes half a minute."""
     rows = make_data(tmp_path / "many.jsonl", rows=2000)
-    run = runs.create(resolved(tiny, rows, **LONG | {"gradient_accumulation_steps": 1000, **overrides}))
+    run = runs.create(
+        resolved(
+            tiny, rows, **LONG | {"gradient_accumulation_steps": 1000, "precompute_ref_log_probs": False, **overrides}
+        )
+    )
     runs.start(run)
     assert wait(lambda: (s := run.state()).state in ("training", "failed") and s.state, 90) == "training"
     return run
