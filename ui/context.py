@@ -87,6 +87,7 @@ class Context:
     timer: gr.Timer  # ticks once a second while the page is open
     chosen_data: gr.BrowserState  # id of a data source (ui/sources.py), "" = none; survives a reload
     chosen_run: gr.BrowserState  # id of the run shown in Train, "" = the active or newest one; survives a reload
+    advice: gr.State  # weights the Data tab advises, {"desirable_weight": x, …}; Train takes them on change
     demo: bool = False  # app.py --demo
     public: bool = False  # reachable from other machines: show no folders of this one
 
