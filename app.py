@@ -1,0 +1,42 @@
+"""KTO Studio in the browser: ``python app.py [--port N] [--host H] [--share] [--demo]``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="app.py",
+        description="KTO Studio: turn thumbs-up / thumbs-down data into a better language model.",
+        epilog="The same without a browser: python -m kto_core --help",
+    )
+    parser.add_argument("--port", type=int, default=7860, metavar="N", help="port to listen on (default: %(default)s)")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="H",
+        help="address to listen on (default: %(default)s, this machine only); any other asks for a password",
+    )
+    parser.add_argument(
+        "--share", action="store_true", help="also open a public link through Gradio's tunnel, behind a password"
+    )
+    parser.add_argument("--demo", action="store_true", help="open with the demo: train the example, show before and after")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    from ui.launch import launch  # gradio takes two seconds: --help does not wait for it
+
+    try:
+        launch(host=args.host, port=args.port, share=args.share, demo=args.demo)
+    except OSError as e:
+        print(f"The app cannot listen on {args.host}:{args.port} ({e}). Choose another port with --port.", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
