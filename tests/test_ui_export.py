@@ -208,7 +208,7 @@ def test_push_asks_for_what_is_missing_and_forgets_the_token(clean_jobs, trained
         token = page.locator("#export-token input")
         assert token.get_attribute("type") == "password"
         page.locator("#export-push:enabled").click()
-        page.locator("[data-testid=toast-body]").get_by_text("owner/name").wait_for()
+        page.locator(".toast-wrap").get_by_text("owner/name").wait_for()
         page.locator("#export-repo input, #export-repo textarea").fill("jane/my-model")
         token.fill("hf_secret")
         page.locator("#export-push").click()

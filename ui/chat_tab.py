@@ -14,7 +14,8 @@ from ui.context import Context, error
 
 FEEDBACK = "chat_feedback.jsonl"
 BROWSER_KEY = "kto-studio-browser"
-QUICK = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+# through the queue: an error that is raised outside of it shows no toast, but a failed request in the console
+QUICK = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
 ANSWERS = {  # one answer at a time: there is one model
     "concurrency_id": "chat",
     "concurrency_limit": 1,

@@ -14,7 +14,8 @@ from ui import chat_models, export_view, jobs_view
 from ui.context import Context
 
 JOB = "Export "
-QUICK = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+# through the queue: an error that is raised outside of it shows no toast, but a failed request in the console
+QUICK = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
 
 
 def build(ctx: Context) -> None:

@@ -90,4 +90,4 @@ def build(ctx: Context, prefix: str) -> None:
 
     ctx.on_tick(tick, [area, cancel, seen], [seen])
     ctx.on_load(lambda: tick("-"), [area, cancel, seen])
-    cancel.click(ctx.guarded(stop), None, None, queue=False, api_visibility="private")
+    cancel.click(ctx.guarded(stop), None, None, concurrency_limit=None, api_visibility="private")
