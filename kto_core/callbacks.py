@@ -55,7 +55,7 @@ class RunCallback:
     def on_step_end(self, args, state, control, **_):
         if self.watch.now.is_set():
             raise StopNow("Stopped at once; the last checkpoint is the newest saved state.")
-        if self.watch.look():
+        if agreed(self.watch.look(), args):
             control.should_save = control.should_training_stop = True  # an evaluation that is due is still made
 
     def on_save(self, args, state, control, **_):
@@ -92,6 +92,17 @@ class RunCallback:
         }
         memory = gpu_memory()
         return out | ({"gpu_memory": memory} if memory is not None else {})
+
+
+def agreed(stop: bool, args) -> bool:
+    """Whether any process wants to stop: with several GPUs all must end after the same step, or they wait for ever."""
+    if args.world_size == 1:
+        return stop
+    import torch
+
+    wish = torch.tensor(int(stop), device=args.device)
+    torch.distributed.all_reduce(wish, op=torch.distributed.ReduceOp.MAX)
+    return bool(wish.item())
 
 
 def gpu_memory() -> float | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import time
 import traceback
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ def train(config: RunConfig, run_dir: Path, *, end_on_second_stop: bool = False)
         state, message = _guarded(config, run_dir, events, end_on_second_stop)
         with contextlib.suppress(OSError):
             (run_dir / "stop").unlink(missing_ok=True)
-        events.status(state, message=message)
+            events.status(state, message=message)
 
 
 def _guarded(config: RunConfig, run_dir: Path, events: EventLog, end_on_second_stop: bool) -> tuple[str, str]:
@@ -82,7 +83,8 @@ def _guarded(config: RunConfig, run_dir: Path, events: EventLog, end_on_second_s
             else:
                 log.info("failed\n%s", kept)
                 message = str(error)
-            events.append("error", message=message, type=type(e).__name__)
+            with contextlib.suppress(OSError):  # a full disk has no room for its own message
+                events.append("error", message=message, type=type(e).__name__)
             return "failed", message
         finally:
             _give_back()
@@ -146,11 +148,9 @@ def _train(config: RunConfig, run_dir: Path, events: EventLog, watch: StopWatch)
     progress(None, f"Reading {config.data or 'the data'}…")
     if not config.data:
         raise DataError("No data is chosen. Name a file or a Hub data set with --data.")
-    facts = (
-        models.model_facts(config.model) if config.model != models.DEMO else None
-    )  # the demo model may not be made yet
-    if facts:
-        train_checks.check_hardware(config, facts)
+    train_checks.check_size(config)
+    if config.model != models.DEMO:  # the demo model may not be made yet, and needs no check
+        train_checks.check_hardware(config, models.model_facts(config.model))
     models.local_folder(config.model, progress, watch.asked)
     facts = models.model_facts(config.model)
     train_checks.check_hardware(config, facts)
@@ -160,11 +160,14 @@ def _train(config: RunConfig, run_dir: Path, events: EventLog, watch: StopWatch)
 
     root = run_dir / "checkpoints"
     root.mkdir(exist_ok=True)
-    checkpoints.clean(root)
+    main = os.environ.get("LOCAL_RANK", "0") == "0"
+    if main:
+        checkpoints.clean(root)
     checkpoint, skipped = checkpoints.newest_whole(root)
     for sentence in skipped:
         events.log(sentence, "warning")
-    write_dataset_json(data, config, run_dir, resuming=checkpoint is not None)
+    if main:
+        write_dataset_json(data, config, run_dir, resuming=checkpoint is not None)
     for sentence in data.remarks:
         events.log(sentence)
     train_checks.check_disk(config, facts, run_dir, planned_steps(config, len(data.train_rows)))
@@ -294,6 +297,7 @@ def _finish(trainer, config, run_dir: Path, tokenizer, events, watch, seconds: f
         trainer.evaluate()
     if trainer.is_world_process_zero():
         part = run_dir / "adapter.part"
+        shutil.rmtree(part, ignore_errors=True)  # of a killed writer
         save_adapter(trainer.accelerator.unwrap_model(trainer.model), tokenizer, part, public_name(config.model))
         checkpoints.seal(part)
         checkpoints.put(part, run_dir / "adapter")

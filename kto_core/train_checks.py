@@ -66,17 +66,36 @@ def check_hardware(config: RunConfig, facts: ModelFacts) -> None:
     found = devices()
     if config.num_gpus > max(1, len(found)):
         raise HardwareError(f"num_gpus is {config.num_gpus}, this machine shows {len(found)} GPUs. Lower num_gpus.")
-    if not found and facts.parameters > CPU_LIMIT:
-        raise HardwareError(
-            f"{config.model} has {facts.parameters / 1e9:.1f} billion parameters and there is no NVIDIA GPU here. "
-            "Choose the preset `demo`, a model of up to 1.5 billion parameters, or a machine with a GPU."
-        )
+    if not found:
+        _require_small(config.model, facts.parameters)
     if not found and config.dtype == "float16":
         raise HardwareError("float16 cannot be trained in on a CPU. Choose dtype `auto`, `bfloat16` or `float32`.")
     if config.max_length > facts.max_position_embeddings:
         raise ModelError(
             f"max_length {config.max_length} is more than {config.model} can read. "
             f"Set max_length to at most {facts.max_position_embeddings}."
+        )
+
+
+def check_size(config: RunConfig) -> None:
+    """The same for a model that is not on this machine, before anything is fetched: by its name.
+
+    Raises:
+        HardwareError: the model is too large for a CPU, and there is no GPU.
+    """
+    from .hardware import devices
+    from .model_shape import find
+
+    shape = find(config.model)
+    if shape is not None and not devices():
+        _require_small(config.model, shape.parameters)
+
+
+def _require_small(name: str, parameters: int) -> None:
+    if parameters > CPU_LIMIT:
+        raise HardwareError(
+            f"{name} has about {parameters / 1e9:.1f} billion parameters and there is no NVIDIA GPU here. "
+            "Choose the preset `demo`, a model of up to 1.5 billion parameters, or a machine with a GPU."
         )
 
 

@@ -273,6 +273,7 @@ def test_not_a_number_ends_the_run(tiny, data, tmp_path):
         ({"data": "nowhere.jsonl"}, "nowhere.jsonl"),
         ({"max_length": 30}, "max_length 30"),
         ({"engine": "unsloth"}, "NVIDIA GPU"),
+        ({"model": "unsloth/mistral-7b-instruct-v0.3-bnb-4bit"}, "no NVIDIA GPU"),
         ({"target_modules": "nothing_proj"}, "all-linear"),
         ({"adapter": "nowhere"}, "no adapter"),
         ({"report_to": "wandb"}, "Weights & Biases"),
