@@ -118,6 +118,6 @@ def kto_losses(logps, ref_logps, z0, labels, beta, desirable_weight, undesirable
     """
     reward = logps - ref_logps
     z0 = 0.0 if loss_type == "apo_zero_unpaired" else z0
-    sign = torch.where(labels, 1.0, -1.0).to(reward.dtype)
-    weight = torch.where(labels, desirable_weight, undesirable_weight).to(reward.dtype)
-    return weight * (1 - torch.sigmoid(beta * sign * (reward - z0)))
+    yes = labels.to(reward.dtype)
+    weight = desirable_weight * yes + undesirable_weight * (1 - yes)
+    return weight * (1 - torch.sigmoid(beta * (2 * yes - 1) * (reward - z0)))

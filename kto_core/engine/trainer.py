@@ -24,7 +24,7 @@ from trl.trainer.utils import disable_dropout_in_model
 from ..errors import DataError, HardwareError, ModelError
 from ..jobs import Progress, no_progress
 from . import memory
-from .adapters import Reference, check_adapter, trainable
+from .adapters import Reference, check_adapter, keep_weights_trainable, trainable
 from .batches import GroupLoader, Planner, longest, planned_pairs
 from .plan import TokenRows
 from .probe import check_head_and_attention
@@ -90,6 +90,7 @@ class PackedKTOTrainer(KTOTrainer):
 
             model = get_peft_model(model, peft_config)
         check_adapter(model)
+        keep_weights_trainable(model)
         for p in trainable(model).values():  # bf16 would round small steps away
             p.data = p.data.float() if p.dtype in (torch.bfloat16, torch.float16) else p.data
         disable_dropout_in_model(model)

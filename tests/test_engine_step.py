@@ -1,0 +1,258 @@
+"""The packed step against the float64 oracle: every architecture, every way to split the work, every trap."""
+
+import numpy as np
+import oracle
+import pytest
+import torch
+
+from kto_core.engine import attention, tree
+from kto_core.engine.loss import Head, kto_losses, token_logps
+from kto_core.engine.step import Engine, Group
+
+TIGHT = 2e-6  # transformers' norms compute in fp32 also in a float64 model
+
+
+def group_of(rows, expected=None, borrowed=None, kl=True):
+    prompts, completions, labels = rows
+    borrowed = borrowed or [*completions[1:], completions[0]]
+    return Group(
+        prompts,
+        completions,
+        borrowed if kl else None,
+        torch.tensor(labels),
+        expected["reference"] if expected else None,
+        expected["kl_reference"] if expected and kl else None,
+    )
+
+
+def run(engine, group, backward=True, **settings):
+    settings = {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0} | settings
+    engine.model.train()
+    with engine.using_tree():
+        result = engine.run(group, backward=(lambda loss: loss.backward()) if backward else None, **settings)
+    return result, oracle.gradients(engine.model)
+
+
+def check(result, gradients, expected, tolerance=TIGHT):
+    assert float(result.loss) == pytest.approx(expected["loss"], rel=tolerance)
+    assert float(result.z0) == pytest.approx(expected["z0"], rel=tolerance, abs=1e-6)
+    assert torch.allclose(result.logps.double(), expected["logps"], rtol=tolerance)
+    assert oracle.worst(gradients, expected["gradients"]) < tolerance
+
+
+@pytest.mark.parametrize("architecture", oracle.ARCHITECTURES)
+def test_every_architecture_matches_the_oracle(architecture):
+    model = oracle.tuned_model(architecture)
+    rows = oracle.random_rows(6)
+    prompts, completions, labels = rows
+    borrowed = [*completions[1:], completions[0]]
+    expected = oracle.step(model, prompts, completions, borrowed, labels, 0.1, 1.3, 0.7)
+    result, gradients = run(Engine(model), group_of(rows, expected), desirable_weight=1.3, undesirable_weight=0.7)
+    check(result, gradients, expected)
+    assert result.passes == 1 and result.packed < result.tokens / 2  # shared starts were computed once
+
+
+@pytest.mark.parametrize("budget, layers", [(None, 1), (None, 3), (90, 0), (60, 3), (48, 0)])
+def test_micro_passes_and_recomputed_layers_change_nothing(budget, layers):
+    model = oracle.tuned_model("qwen2")  # its z0 is above zero here
+    rows = oracle.random_rows(6)
+    prompts, completions, labels = rows
+    expected = oracle.step(model, prompts, completions, [*completions[1:], completions[0]], labels)
+    assert expected["z0"] > 0
+    result, gradients = run(Engine(model, budget, layers), group_of(rows, expected))
+    assert (result.passes > 1) == (budget is not None)
+    check(result, gradients, expected)
+
+
+def test_order_of_rows_changes_nothing():
+    model = oracle.tuned_model()
+    prompts, completions, labels = oracle.random_rows(6)
+    borrowed = [*completions[1:], completions[0]]
+    expected = oracle.step(model, prompts, completions, borrowed, labels)
+    order = [4, 2, 0, 5, 3, 1]
+    turned = [[x[i] for i in order] for x in (prompts, completions, labels, borrowed)]
+    group = Group(turned[0], turned[1], turned[3], torch.tensor(turned[2]), expected["reference"][order],
+                  expected["kl_reference"][order])  # fmt: skip
+    result, gradients = run(Engine(model), group)
+    assert torch.allclose(result.logps.double(), expected["logps"][order], rtol=TIGHT)
+    assert float(result.loss) == pytest.approx(expected["loss"], rel=TIGHT)
+    assert oracle.worst(gradients, expected["gradients"]) < TIGHT
+
+
+@pytest.mark.parametrize("labels", [[True] * 6, [False] * 6])
+def test_a_batch_of_one_label_has_a_finite_loss_and_gradient(labels):
+    model = oracle.tuned_model()
+    prompts, completions, _ = oracle.random_rows(6)
+    expected = oracle.step(model, prompts, completions, [*completions[1:], completions[0]], labels)
+    result, gradients = run(Engine(model), group_of((prompts, completions, labels), expected))
+    check(result, gradients, expected)
+    assert all(g.isfinite().all() for g in gradients.values())
+
+
+def test_loss_without_a_kl():
+    model = oracle.tuned_model()
+    rows = oracle.random_rows(6)
+    prompts, completions, labels = rows
+    expected = oracle.step(model, prompts, completions, completions, labels, kl=False)
+    result, gradients = run(Engine(model), group_of(rows, expected, kl=False), loss_type="apo_zero_unpaired")
+    check(result, gradients, expected)
+
+
+def test_before_the_first_update_nothing_differs_from_the_reference():
+    from peft import get_peft_model
+
+    model = get_peft_model(oracle.base_model(), oracle.lora())
+    rows = oracle.random_rows(6)
+    engine = Engine(model)
+    prompts, completions, _ = rows
+    borrowed = [*completions[1:], completions[0]]
+    with model.disable_adapter():
+        reference, kl_reference = engine.score(prompts, completions), engine.score(prompts, borrowed)
+    scored = {"reference": torch.tensor(reference), "kl_reference": torch.tensor(kl_reference)}
+    result, _ = run(engine, group_of(rows, scored), desirable_weight=2.0)
+    assert torch.allclose(result.logps.double(), scored["reference"], atol=1e-4)
+    assert float(result.z0) < 1e-4
+    assert float(result.loss) == pytest.approx(0.5 * np.mean([2.0 if y else 1.0 for y in rows[2]]), abs=1e-5)
+
+
+@pytest.mark.parametrize("z0", [0.0, 0.7])
+def test_the_loss_formula_in_float64(z0):
+    rng = np.random.default_rng(0)
+    policy, reference = rng.normal(-40, 5, 9), rng.normal(-40, 5, 9)
+    labels = [bool(i % 2) for i in range(9)]
+    loss, slopes = oracle.kto(policy, reference, labels, z0, 0.3, 1.5, 0.8)
+    x = torch.tensor(policy, requires_grad=True)
+    ours = kto_losses(x, torch.tensor(reference), z0, torch.tensor(labels), 0.3, 1.5, 0.8).mean()
+    ours.backward()
+    assert ours.item() == pytest.approx(loss, rel=1e-12)
+    assert x.grad.tolist() == pytest.approx(slopes, rel=1e-12)
+
+
+# ---- the tree -------------------------------------------------------------------------------------------------------
+
+
+def test_a_changed_branch_leaves_every_other_bit_equal():
+    model = oracle.tuned_model("gemma2", torch.float32).eval()
+    engine = Engine(model)
+    prompts, completions, _ = oracle.random_rows(6)
+    prompts = [prompts[0]] * 6
+    before = engine.score(prompts, completions)
+    changed = [c.copy() for c in completions]
+    changed[2][:] = (changed[2] + 7) % 300
+    after = engine.score(prompts, changed)
+    assert before[2] != after[2]
+    assert [a for i, a in enumerate(after) if i != 2] == [b for i, b in enumerate(before) if i != 2]
+
+
+def test_packed_and_one_by_one_score_the_same():
+    model = oracle.tuned_model("mistral with a window", torch.float32).eval()
+    engine = Engine(model)
+    prompts, completions, _ = oracle.random_rows(12, seed=4)
+    together = engine.score(prompts, completions)
+    alone = [engine.score([p], [c])[0] for p, c in zip(prompts, completions, strict=True)]
+    in_parts = engine.score(prompts, completions, budget=70)
+    with torch.no_grad():
+        plain = [float(oracle.logp(model, p, c)) for p, c in zip(prompts, completions, strict=True)]
+    for other in (alone, in_parts, plain):
+        assert together == pytest.approx(other, rel=2e-6)
+
+
+def test_tree_layout():
+    a, b = np.arange(20, dtype=np.int32), np.arange(100, 112, dtype=np.int32)
+    prompts = [np.concatenate([a, b[:3]]), np.concatenate([a, b[3:6]]), a]
+    completions = [b, b[:1], np.concatenate([b[:9], b[:2]])]
+    t = tree.build(prompts, completions)
+    # shared starts once, also that of a prompt and another row's answer; the last completion tokens are no inputs
+    assert len(t) == 20 + 3 + 11 + 3 + 0 + 7
+    for i, (p, c) in enumerate(zip(prompts, completions, strict=True)):
+        index = t.scores.index[t.scores.sequence == i]
+        assert t.positions[index].tolist() == list(range(len(p) - 1, len(p) + len(c) - 1))
+        assert t.ids[index].tolist() == [p[-1], *c[:-1]]  # the last prompt token predicts y_1
+        assert t.scores.target[t.scores.sequence == i].tolist() == c.tolist()
+    covered = np.concatenate([np.arange(x, y) for x, y in t.segments.queries])
+    assert covered.tolist() == list(range(len(t)))
+
+
+def test_equal_rows_are_computed_once():
+    p, c = np.arange(10, dtype=np.int32), np.arange(30, 45, dtype=np.int32)
+    assert len(tree.build([p, p], [c, c])) == len(tree.build([p], [c]))
+
+
+def test_a_budget_is_kept():
+    prompts, completions, _ = oracle.random_rows(20, seed=2)
+    order = tree.sorted_by_prefix(prompts, completions, range(20))
+    parts = tree.packs(prompts, completions, [0] * 20, order, 120)
+    assert sorted(i for part in parts for i in part) == list(range(20))
+    sizes = [len(tree.build([prompts[i] for i in part], [completions[i] for i in part])) for part in parts]
+    assert max(sizes) <= 120 and len(parts) > 1
+
+
+def test_prompt_keys_are_stored_once():
+    """A recompute in the backward neither fills the store again nor finds another pass's keys in it."""
+    model = oracle.tuned_model("llama", torch.float32)
+    engine = Engine(model, checkpoint_layers=3)
+    engine.model.train()
+    prompts, completions, _ = oracle.random_rows(4)
+    t = tree.build(prompts, completions)
+    branches = tree.branch(t, completions[::-1])
+    store = {}
+    run_ = attention.Pass(t.segments, engine.device, keep=torch.as_tensor(branches.keep), store=store)
+    with engine.using_tree():
+        hidden = engine.forward(t.ids, t.positions, run_)
+        kept = {layer: k.clone() for layer, (k, _) in store.items()}
+        assert sorted(kept) == [0, 1, 2]
+        run_.close()
+        store.clear()
+        hidden.sum().backward()
+    assert store == {}
+    assert not any(k.requires_grad for k in kept.values())
+
+
+def test_the_model_is_left_as_it_was():
+    model = oracle.tuned_model("gemma3")
+    engine = Engine(model)
+    before = engine.causal.config._attn_implementation
+    with engine.using_tree():
+        assert engine.causal.config._attn_implementation == attention.NAME
+    assert engine.causal.config._attn_implementation == before == "eager"
+    ids = torch.arange(5, 15)[None]
+    assert model(input_ids=ids).logits.isfinite().all()
+    with engine.using_tree(), pytest.raises(RuntimeError, match="kto_tree"):
+        model(input_ids=ids)
+
+
+# ---- log-probabilities -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale, softcap", [(1.0, None), (0.3, None), (1.0, 2.0), (0.3, 2.0)])
+@pytest.mark.parametrize("chunk", [2**26, 4 * 50 * 16])
+def test_token_logps_and_their_gradient(monkeypatch, scale, softcap, chunk):
+    monkeypatch.setattr("kto_core.engine.loss.CHUNK_BYTES", chunk)
+    torch.manual_seed(0)
+    hidden = torch.randn(40, 12, dtype=torch.float64, requires_grad=True)
+    head = Head(torch.randn(50, 12, dtype=torch.float64), torch.randn(50, dtype=torch.float64), scale, softcap)
+    targets = torch.randint(0, 50, (40,))
+    coefficients = torch.randn(40, dtype=torch.float64)
+    scores = token_logps(head, hidden, targets, stats=True)
+    (scores.logps * coefficients).sum().backward()
+    ours, hidden.grad = hidden.grad, None
+    z = (hidden @ head.weight.T + head.bias) * scale
+    z = softcap * torch.tanh(z / softcap) if softcap else z
+    table = z.log_softmax(-1)
+    expected = table.gather(1, targets[:, None])[:, 0]
+    (expected * coefficients).sum().backward()
+    assert torch.allclose(scores.logps, expected, rtol=1e-12)
+    assert torch.allclose(ours, hidden.grad, rtol=1e-9)
+    assert torch.allclose(scores.entropy, -(table.exp() * table).sum(-1))
+    assert torch.allclose(scores.mean_logits, z.mean(-1))
+
+
+def test_log_sum_exp_is_fp32_for_bf16_models():
+    torch.manual_seed(0)
+    weight, hidden = torch.randn(4000, 32).bfloat16(), torch.randn(30, 32).bfloat16()
+    head = Head(weight, None, 1.0, None)
+    targets = torch.randint(0, 4000, (30,))
+    logps = token_logps(head, hidden, targets).logps
+    exact = (hidden @ weight.T).double().log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    assert logps.dtype == torch.float32
+    assert float((logps - exact).abs().max()) < 1e-4  # bf16 would be off by 0.03

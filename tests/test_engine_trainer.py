@@ -1,0 +1,318 @@
+"""PackedKTOTrainer beside TRL's KTOTrainer: same numbers, same loop; resume; what it refuses."""
+
+import math
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoConfig, TrainerCallback
+from trl import KTOConfig, KTOTrainer
+
+from kto_core.engine import PackedKTOTrainer, available
+from kto_core.errors import DataError, ModelError
+
+
+class Plain(KTOTrainer):
+    """TRL's trainer on rows that are tokens already, with TRL's pairs."""
+
+    def _prepare_dataset(self, dataset, processing_class, args, name):
+        def rotate(batch):
+            return {"KL_completion_ids": [batch["completion_ids"][-1], *batch["completion_ids"][:-1]]}
+
+        return dataset.map(rotate, batched=True, batch_size=args.per_device_train_batch_size)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(demo_model):
+    from transformers import AutoTokenizer
+
+    found = AutoTokenizer.from_pretrained(demo_model)
+    found.pad_token_id = 0
+    return found
+
+
+def dataset(n=16, seed=0, labels=None):
+    prompts, completions, y = oracle.random_rows(n, seed)
+    return Dataset.from_dict(
+        {
+            "prompt_ids": [p.tolist() for p in prompts],
+            "completion_ids": [c.tolist() for c in completions],
+            "label": labels or y,
+        }
+    )
+
+
+def arguments(folder, **extra):
+    settings = {
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "num_train_epochs": 2,
+        "max_length": None,
+        "beta": 0.1,
+        "desirable_weight": 1.2,
+        "undesirable_weight": 0.9,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "bf16": False,
+        "use_cpu": True,
+        "report_to": [],
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+    }
+    return KTOConfig(output_dir=str(folder), **{**settings, **extra})
+
+
+def packed(folder, tokenizer, data, model=None, args=None, peft_config=True, **extra):
+    return PackedKTOTrainer(
+        model=model if model is not None else oracle.base_model(),
+        args=args or arguments(folder),
+        train_dataset=data,
+        processing_class=tokenizer,
+        peft_config=oracle.lora() if peft_config else None,
+        **{"cache_dir": folder / "cache", **extra},
+    )
+
+
+def plain(folder, tokenizer, data, args=None):
+    return Plain(
+        model=oracle.base_model(), args=args or arguments(folder), train_dataset=data, processing_class=tokenizer,
+        peft_config=oracle.lora(),
+    )  # fmt: skip
+
+
+def metrics(trainer):
+    return [h for h in trainer.state.log_history if "loss" in h]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_one_step_equals_trls(tmp_path, tokenizer, architecture):
+    """Same rows, same pairs, adapters away from zero: loss, z0, rewards and every gradient in fp32."""
+    data = dataset(8)
+    args = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+    theirs = Plain(
+        model=oracle.base_model(architecture), args=arguments(tmp_path, **args), train_dataset=data,
+        processing_class=tokenizer, peft_config=oracle.lora(),
+    )  # fmt: skip
+    oracle.fill_adapter(theirs.model)
+    theirs.model.train()
+    loss = theirs.compute_loss(theirs.model, next(iter(theirs.get_train_dataloader())))
+    loss.backward()
+    expected = oracle.gradients(theirs.model)
+
+    ours = packed(tmp_path, tokenizer, data, oracle.base_model(architecture), arguments(tmp_path, **args))
+    ours.reference_scores.prepare([(i, j) for i in range(8) for j in (i, (i - 1) % 8)])
+    oracle.fill_adapter(ours.model)
+    rows = np.arange(8)
+    result = ours.training_step(ours.model, {"rows": rows, "partner": np.roll(rows, 1), "size": 8})
+    found = oracle.gradients(ours.model)
+
+    assert float(result) == pytest.approx(float(loss.detach()), rel=1e-5)
+    assert oracle.worst(found, expected) < 1e-5
+    for name, values in theirs._metrics["train"].items():
+        assert ours._metrics["train"][name][0] == pytest.approx(values[0], rel=1e-4, abs=2e-5), name
+    assert theirs._metrics["train"].keys() == ours._metrics["train"].keys()
+
+
+def test_a_whole_run_with_microbatch_groups_is_trls(tmp_path, tokenizer):
+    data = dataset(18)  # the last step has a short micro-batch
+    theirs = plain(tmp_path, tokenizer, data)
+    theirs.train()
+    ours = packed(tmp_path, tokenizer, data, kl_group="microbatch")
+    ours.train()
+    a, b = metrics(theirs), metrics(ours)
+    assert len(a) == len(b) == 6
+    for one, two in zip(a, b, strict=True):
+        assert one.keys() == two.keys()
+        for name in one.keys() - {"epoch"}:  # TRL counts micro-batches, and the last ones are fewer
+            assert two[name] == pytest.approx(one[name], rel=2e-4, abs=1e-4), name
+    final = {n: p for n, p in theirs.model.named_parameters() if p.requires_grad}
+    for name, p in ours.model.named_parameters():
+        if p.requires_grad:
+            assert torch.allclose(p, final[name], atol=2e-4), name
+
+
+@pytest.mark.parametrize("budget, layers", [(None, None), (70, 2)])
+def test_the_first_loss_is_half_the_mean_weight(tmp_path, tokenizer, budget, layers):
+    trainer = packed(tmp_path, tokenizer, dataset(16), token_budget=budget, checkpoint_layers=layers)
+    trainer.train()
+    first, last = metrics(trainer)[0], metrics(trainer)[-1]
+    labels = trainer.rows.labels[trainer.planner.epoch(0).group(0)[0]]
+    assert first["loss"] == pytest.approx(0.5 * np.where(labels, 1.2, 0.9).mean(), abs=1e-5)
+    assert first["kl"] < 1e-4 and abs(first["rewards/margins"]) < 1e-4
+    assert last["loss"] < first["loss"] and last["rewards/margins"] > 0.01
+    assert trainer.state.global_step == trainer.state.max_steps == 4
+    names = {"loss", "grad_norm", "learning_rate", "kl", "entropy", "num_tokens", "rewards/margins", "epoch", "step"}
+    names |= {f"{what}/{side}" for what in ("rewards", "logps", "logits") for side in ("chosen", "rejected")}
+    assert names <= last.keys()
+
+
+def test_steps_epochs_and_saves_count_as_in_trl(tmp_path, tokenizer):
+    data = dataset(21)
+    for extra in ({"num_train_epochs": 2}, {"max_steps": 5}, {"num_train_epochs": 0.5}):
+        ours = packed(tmp_path, tokenizer, data, args=arguments(tmp_path, learning_rate=0.0, **extra))
+        theirs = plain(tmp_path, tokenizer, data, arguments(tmp_path, learning_rate=0.0, **extra))
+        ours.train()
+        theirs.train()
+        assert ours.state.global_step == theirs.state.global_step == ours.state.max_steps
+        assert metrics(ours)[-1]["epoch"] == pytest.approx(theirs.state.log_history[-1]["epoch"], abs=0.2)
+
+
+class Pairs(TrainerCallback):
+    def __init__(self):
+        self.seen = []
+
+    def watch(self, trainer):
+        step = trainer._step
+
+        def recorded(inputs, *args, **kwargs):
+            self.seen.append((inputs["rows"].tolist(), inputs["partner"].tolist()))
+            return step(inputs, *args, **kwargs)
+
+        trainer._step = recorded
+        return self
+
+
+def test_resume_in_the_middle_of_an_epoch_repeats_the_run(tmp_path, tokenizer):
+    data = dataset(29)
+    args = {"save_strategy": "steps", "save_steps": 6, "num_train_epochs": 3}
+    whole = packed(tmp_path, tokenizer, data, args=arguments(tmp_path, **args))
+    seen = Pairs().watch(whole).seen
+    whole.train()
+    again = packed(tmp_path, tokenizer, data, args=arguments(tmp_path, **args))
+    repeated = Pairs().watch(again).seen
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))  # 4 steps an epoch
+    assert len(seen) == 12 and repeated == seen[6:]
+    assert [m["loss"] for m in metrics(again)] == [m["loss"] for m in metrics(whole)]
+    assert not list(tmp_path.glob("checkpoint-*/ref"))
+
+
+def test_a_second_run_computes_nothing_it_knows(tmp_path, tokenizer):
+    data = dataset(16)
+    first = packed(tmp_path, tokenizer, data)
+    assert first.prepare_reference()["computed"] > 0
+    other = arguments(tmp_path, learning_rate=1e-2, beta=0.5, desirable_weight=1.0, num_train_epochs=1)
+    second = PackedKTOTrainer(
+        model=oracle.base_model(), args=other, train_dataset=data, processing_class=tokenizer,
+        peft_config=oracle.lora(lora_dropout=0.1), cache_dir=tmp_path / "cache",
+    )  # fmt: skip
+    counts = second.prepare_reference()
+    assert counts["computed"] == 0 and counts["cached"] == counts["pairs"] > 0
+    new_seed = packed(tmp_path, tokenizer, data, args=arguments(tmp_path, seed=7))
+    counts = new_seed.prepare_reference()
+    assert counts["cached"] >= 16  # all rows' own scores; only new pairs are computed
+
+
+def test_a_trained_adapter_starts_with_no_reward_and_is_not_copied(tmp_path, tokenizer):
+    model = oracle.tuned_model("llama", torch.float32)
+    trainer = packed(tmp_path, tokenizer, dataset(16), model, peft_config=False, reference_cache=False)
+    trainer.train()
+    first, last = metrics(trainer)[0], metrics(trainer)[-1]
+    assert abs(first["rewards/chosen"]) < 1e-4 and first["kl"] < 1e-4
+    assert abs(last["rewards/margins"]) > 1e-3
+    assert list(trainer.model.peft_config) == ["default"]
+
+
+def test_evaluation_counts_every_row_once(tmp_path, tokenizer):
+    data, held_out = dataset(16), dataset(11, seed=5)
+    trainer = packed(
+        tmp_path, tokenizer, data, eval_dataset=held_out,
+        args=arguments(tmp_path, eval_strategy="steps", eval_steps=2, num_train_epochs=1),
+    )  # fmt: skip
+    trainer.train()
+    logged = [h for h in trainer.state.log_history if "eval_loss" in h]
+    assert len(logged) == 1 and {"eval_rewards/margins", "eval_kl", "eval_logps/chosen"} <= logged[0].keys()
+    before = {n: p.clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(logged[0]["eval_loss"], rel=1e-6)
+    small = packed(tmp_path, tokenizer, data, args=arguments(tmp_path, learning_rate=0.0))
+    assert small.evaluate(held_out)["eval_loss"] == pytest.approx(
+        np.where(held_out["label"], 1.2, 0.9).mean() / 2, abs=1e-5
+    )
+    assert all(torch.equal(p, before[n]) for n, p in trainer.model.named_parameters() if n in before)
+
+
+def test_every_lora_tensor_moves_with_a_4_bit_base(tmp_path, tokenizer):
+    """bf16 adapters would stand still at this learning rate; these are fp32 although the base has 4 bits."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    oracle.base_model(hidden_size=128, intermediate_size=192).save_pretrained(tmp_path / "model")
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", quantization_config=quantization)
+    args = arguments(tmp_path, learning_rate=5e-7, max_steps=20)
+    trainer = packed(tmp_path, tokenizer, dataset(16), model, args)
+    start = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.evaluate(dataset(4))  # eval mode in between must not harm the 4-bit weights
+    trainer.train()
+    assert len(start) == 3 * 7 * 2
+    for name, p in trainer.model.named_parameters():
+        if name in start:
+            assert p.dtype == torch.float32
+            moved = (p != start[name]).float().mean()
+            assert moved > 0.9, (name, float(moved))
+
+
+# ---- what it refuses ------------------------------------------------------------------------------------------------
+
+
+def test_bad_input_is_refused_in_one_sentence(tmp_path, tokenizer):
+    from peft import LoraConfig
+
+    with pytest.raises(DataError, match="two rows"):
+        packed(tmp_path, tokenizer, dataset(1))
+    with pytest.raises(DataError, match="batch"):
+        one = arguments(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=1)
+        packed(tmp_path, tokenizer, dataset(8), args=one)
+    with pytest.raises(DataError, match="longer than the 30 tokens"):
+        packed(tmp_path, tokenizer, dataset(8), token_budget=30)
+    with pytest.raises(ModelError, match="lm_head"):
+        PackedKTOTrainer(
+            model=oracle.base_model(), args=arguments(tmp_path), train_dataset=dataset(8), processing_class=tokenizer,
+            peft_config=LoraConfig(r=4, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM"),
+        )  # fmt: skip
+    with pytest.raises(ModelError, match="LoRA"):
+        packed(tmp_path, tokenizer, dataset(8), peft_config=False)
+
+
+def test_one_label_trains_without_nan(tmp_path, tokenizer):
+    trainer = packed(tmp_path, tokenizer, dataset(16, labels=[True] * 16))
+    trainer.train()
+    for m in metrics(trainer):
+        assert math.isfinite(m["loss"]) and math.isfinite(m["grad_norm"])
+        assert "rewards/chosen" in m and "rewards/rejected" not in m and "rewards/margins" not in m
+
+
+def test_a_pass_that_is_not_the_models_is_refused(tmp_path, tokenizer, monkeypatch):
+    from kto_core.engine.loss import Head
+
+    true = Head.of.__func__
+    monkeypatch.setattr(Head, "of", classmethod(lambda cls, m: Head(true(cls, m).weight, None, 3.0, None)))
+    with pytest.raises(ModelError, match="does not reproduce"):
+        packed(tmp_path, tokenizer, dataset(8))
+
+
+@pytest.mark.parametrize("architecture", oracle.ARCHITECTURES)
+def test_available(architecture):
+    assert available(oracle.base_model(architecture).config) == (True, "")
+
+
+@pytest.mark.parametrize(
+    "model_type, settings, word",
+    [
+        ("gpt_oss", {}, "mixture of experts"),
+        ("mixtral", {}, "mixture of experts"),
+        ("qwen3_next", {}, "mixture of experts"),
+        ("mamba", {}, "linear attention"),
+        ("t5", {}, "encoder-decoder"),
+        ("gemma3", {}, "images"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "position"),
+    ],
+)
+def test_not_available_says_why(model_type, settings, word):
+    ok, reason = available(AutoConfig.for_model(model_type, **settings))
+    assert not ok and word in reason and reason.endswith(".")
