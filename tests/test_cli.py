@@ -282,6 +282,37 @@ def test_worker_process(rows_file, tiny_model):
     assert "Run 2" in done.stderr and "outlives" in done.stderr and "Finished after 1 step" in done.stderr
 
 
+# ---- chat
+
+
+def test_chat_answers_once(capsys, demo_model):
+    line = [
+        "chat",
+        "demo",
+        "--prompt",
+        "What is the capital of France?",
+        "--temperature",
+        "0",
+        "--max-new-tokens",
+        "12",
+    ]
+    code, out, _ = called(capsys, *line)
+    assert code == 0 and "Paris" in out and len(out.strip().splitlines()) == 1
+    code, as_json, _ = called(capsys, *line, "--json")
+    found = json.loads(as_json)
+    assert code == 0 and found["answer"].strip() == out.strip() and 0 < found["stats"]["tokens"] <= 12
+    code, _, err = called(capsys, "chat", "nope", "--prompt", "x")
+    assert code == 1 and err.count("\n") == 1
+
+
+def test_a_conversation_in_the_terminal(demo_model):
+    lines = "system Answer in one word.\nhello\nbase\nclear\n\nsystem\nquit\nnever read\n"
+    done = command("chat", "demo", "--max-new-tokens", "4", input=lines)
+    assert done.returncode == 0 and len(done.stdout.strip().splitlines()) == 1
+    assert "System prompt: Answer in one word." in done.stderr and "no adapter" in done.stderr
+    assert "The conversation starts anew." in done.stderr and "No system prompt." in done.stderr
+
+
 # ---- the rest
 
 

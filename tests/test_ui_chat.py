@@ -146,6 +146,7 @@ def test_status_says_what_is_loaded_and_what_failed():
 
 def test_stats_and_feedback_lines():
     assert chat_view.stats(12.34, 40, 3.2) == "12.3 tokens/s · 40 tokens · 3.2 s" and chat_view.stats(None, 0, 0) == ""
+    assert chat_view.stats(10.0, 5, 0.5, "length", 2).endswith("ended at Max tokens · 2 old messages did not fit")
     assert "3 rows collected (2 👍, 1 👎) in f.jsonl" in chat_view.feedback(2, 1, "f.jsonl")
     assert "1 row collected" in chat_view.feedback(0, 1, "f")
 

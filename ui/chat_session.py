@@ -170,8 +170,8 @@ def _stream(loaded, talk: dict, side: str, tuned: bool, s: Settings, stop: threa
 
 
 def _stats(loaded) -> str:
-    s = loaded.stats or {}
-    return chat_view.stats(s.get("tokens_per_second"), s.get("tokens"), s.get("seconds"))
+    s = loaded.stats
+    return chat_view.stats(s["tokens_per_second"], s["tokens"], s["seconds"], s.get("ended"), s.get("forgotten"))
 
 
 def tidy(talk: dict) -> dict:

@@ -7,7 +7,7 @@ import threading
 import gradio as gr
 
 from kto_core import chat, paths
-from kto_core.errors import ModelError
+from kto_core.errors import Cancelled, ModelError
 from ui import chat_models, chat_session, chat_view
 from ui.chat_session import BASE, BOTH, TUNED, Settings
 from ui.context import Context, error
@@ -157,6 +157,8 @@ def _frames(request: gr.Request, talk: dict, s: Settings):
         for grown, line in chat_session.answer(talk, s, stop):
             talk = grown
             yield talk, *_columns(talk, s.markdown), line, gr.skip(), gr.skip(), gr.skip()
+    except Cancelled:  # stopped while it waited for its turn
+        pass
     except Exception as e:
         problem = e
     finally:

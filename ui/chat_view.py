@@ -70,12 +70,17 @@ def status(loaded: str | None, adapter: bool, device: str, job: Job | None) -> s
     return "".join(lines)
 
 
-def stats(per_second: float | None, tokens: int | None, seconds: float | None) -> str:
-    """How fast the last answer came."""
+def stats(
+    per_second: float | None, tokens: int, seconds: float, ended: str | None = None, forgotten: int | None = None
+) -> str:
+    """How fast the last answer came, and what cut it."""
     if not tokens or not seconds:
         return ""
     speed = per_second or tokens / seconds
-    return f"{speed:.1f} tokens/s · {tokens:,} tokens · {seconds:.1f} s"
+    parts = [f"{speed:.1f} tokens/s", f"{tokens:,} tokens", f"{seconds:.1f} s"]
+    parts += ["ended at Max tokens"] if ended == "length" else []
+    parts += [f"{forgotten} old messages did not fit"] if forgotten else []
+    return " · ".join(parts)
 
 
 def feedback(up: int, down: int, file: str) -> str:

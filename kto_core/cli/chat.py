@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
                         "model": args.model,
                         "tuned": chat.has_adapter and not args.base,
                         "answer": answer,
-                        "stats": _stats(chat),
+                        "stats": chat.stats,
                     }
                 )
             return output.OK
@@ -115,11 +115,6 @@ def _answer(chat, messages: list[dict], args: argparse.Namespace, *, shown: bool
     if shown:
         output.show("")
     return "".join(parts)
-
-
-def _stats(chat) -> dict:
-    stats = chat.stats
-    return stats if isinstance(stats, dict) else vars(stats) if stats else {}
 
 
 def converse(chat, messages: list[dict], args: argparse.Namespace) -> int:

@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Iterator
 
-from kto_core.errors import ConfigError, KTOError
+from kto_core.errors import Cancelled, ConfigError, KTOError
 
 OK, FAILED, USAGE, INTERRUPTED, PIPE = 0, 1, 2, 130, 141
 
@@ -56,6 +56,8 @@ def guarded(args: argparse.Namespace) -> int:
                 say(message)
                 if as_json:
                     emit({"error": message})
+                if isinstance(e, Cancelled):
+                    return INTERRUPTED
                 return USAGE if isinstance(e, ConfigError) else FAILED
     except KeyboardInterrupt:
         say("\nStopped.")
