@@ -12,7 +12,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         description="KTO Studio: turn thumbs-up / thumbs-down data into a better language model.",
         epilog="The same without a browser: python -m kto_core --help",
     )
-    parser.add_argument("--port", type=int, default=7860, metavar="N", help="port to listen on (default: %(default)s)")
+    parser.add_argument(
+        "--port", type=int, metavar="N", help="port to listen on (default: 7860, or the next one that is free)"
+    )
     parser.add_argument(
         "--host",
         default="127.0.0.1",
@@ -23,7 +25,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--share", action="store_true", help="also open a public link through Gradio's tunnel, behind a password"
     )
     parser.add_argument("--demo", action="store_true", help="open with the demo: train the example, show before and after")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.port is not None and not 0 < args.port < 65536:
+        parser.error(f"--port must be from 1 to 65535, not {args.port}")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,7 +38,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         launch(host=args.host, port=args.port, share=args.share, demo=args.demo)
     except OSError as e:
-        print(f"The app cannot listen on {args.host}:{args.port} ({e}). Choose another port with --port.", file=sys.stderr)
+        where = f"{args.host}:{args.port}" if args.port else args.host
+        print(f"The app cannot listen on {where} ({e}). Choose another with --port or --host.", file=sys.stderr)
         return 1
     return 0
 

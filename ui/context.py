@@ -88,6 +88,7 @@ class Context:
     chosen_data: gr.BrowserState  # id of a data source (ui/sources.py), "" = none; survives a reload
     chosen_run: gr.BrowserState  # id of the run shown in Train, "" = the active or newest one; survives a reload
     advice: gr.State  # weights the Data tab advises, {"desirable_weight": x, …}; Train takes them on change
+    chosen_model: gr.State | None = None  # {"model": name, "max_length": n} as Train's form has them
     demo: bool = False  # app.py --demo
     public: bool = False  # reachable from other machines: show no folders of this one
 

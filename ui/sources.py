@@ -16,9 +16,11 @@ from kto_core import paths
 from kto_core.errors import DataError, DiskError
 from kto_core.jobs import Progress, no_progress
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+TEXT = (".jsonl", ".json", ".csv", ".tsv")
+SUFFIXES = (*TEXT, ".parquet", *(s + ".gz" for s in TEXT))
 EXAMPLE = "short_answers.jsonl"
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?")  # owner/name, perhaps with a configuration
+SPLIT = re.compile(r"[\w.+\-\[\]:%]{1,60}")
 KEEP = 3  # loaded data sets kept in memory
 
 _loaded: OrderedDict[tuple, object] = OrderedDict()
@@ -26,7 +28,9 @@ _lock = threading.Lock()
 
 
 def default() -> str:
-    return f"example:{EXAMPLE}"
+    """The example that is selected when a page opens for the first time; "" if there is none."""
+    examples = [p.name for p in _files(paths.EXAMPLES)]
+    return f"example:{EXAMPLE if EXAMPLE in examples else examples[0]}" if examples else ""
 
 
 def choices() -> list[tuple[str, str]]:
@@ -38,9 +42,14 @@ def choices() -> list[tuple[str, str]]:
 
 def _files(folder: Path) -> list[Path]:
     try:
-        return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
+        return sorted(p for p in folder.iterdir() if suffix(p.name) and p.is_file())
     except OSError:
         return []
+
+
+def suffix(name: str) -> str:
+    """The ending of a file we can read, ``.jsonl.gz`` whole; "" for any other."""
+    return next((s for s in sorted(SUFFIXES, key=len, reverse=True) if name.lower().endswith(s)), "")
 
 
 def hub_id(repo: str, split: str) -> str:
@@ -50,9 +59,16 @@ def hub_id(repo: str, split: str) -> str:
         DataError: the name cannot be one.
     """
     repo, split = repo.strip(), split.strip() or "train"
-    if not HUB_ID.fullmatch(repo):
+    if not _is_hub(repo):
         raise DataError("Type the data set's Hub id as owner/name, for example trl-lib/kto-mix-14k.")
+    if not SPLIT.fullmatch(split):
+        raise DataError("Type the split as the Hub names it, for example train or train[:1000].")
     return f"hub:{repo}@{split}"
+
+
+def _is_hub(repo: str) -> bool:
+    """Whether a name can only be a Hub id: no file or folder of this machine answers to it."""
+    return bool(HUB_ID.fullmatch(repo)) and not suffix(repo) and not Path(repo).exists()
 
 
 def name(data_id: str) -> str:
@@ -69,7 +85,8 @@ def locate(data_id: str) -> tuple[str, str]:
     """
     kind, _, rest = (data_id or "").partition(":")
     if kind == "hub" and "@" in rest:
-        repo, _, split = rest.rpartition("@")
+        repo, _, split = rest.partition("@")
+        hub_id(repo, split)
         return repo, split
     folder = {"example": paths.EXAMPLES, "file": paths.data_dir()}.get(kind)
     if folder is None or not rest or rest != Path(rest).name:
@@ -87,7 +104,7 @@ def id_of(source: str, split: str = "train") -> str:
         return f"example:{path.name}"
     if source and path.parent == paths.data_dir():
         return f"file:{path.name}"
-    return f"hub:{source}@{split}" if source and HUB_ID.fullmatch(source) else ""
+    return f"hub:{source}@{split}" if source and _is_hub(source) else ""
 
 
 def add_upload(temporary: str) -> str:
@@ -100,15 +117,16 @@ def add_upload(temporary: str) -> str:
         DiskError: the folder cannot be written.
     """
     source = Path(temporary)
-    if source.suffix.lower() not in SUFFIXES:
-        raise DataError(f"{source.name}: only {', '.join(SUFFIXES)} files can be read.")
-    stem = re.sub(r"[^\w.-]+", "_", source.stem) or "data"
+    ending = suffix(source.name)
+    if not ending:
+        raise DataError(f"{source.name}: only {', '.join(TEXT)} (also as .gz) and .parquet files can be read.")
+    stem = re.sub(r"[^\w.-]+", "_", source.name[: -len(ending)]).lstrip(".") or "data"
     folder = paths.data_dir()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         number = 1
         while True:
-            target = folder / f"{stem}{'' if number == 1 else f'-{number}'}{source.suffix.lower()}"
+            target = folder / f"{stem}{'' if number == 1 else f'-{number}'}{ending}"
             if not target.exists():
                 part = target.with_name(target.name + ".part")
                 shutil.copyfile(source, part)
@@ -128,7 +146,8 @@ def _same(a: Path, b: Path) -> bool:
     return a.stat().st_size == b.stat().st_size and a.read_bytes() == b.read_bytes()
 
 
-def _key(data_id: str) -> tuple:
+def key(data_id: str) -> tuple:
+    """What decides the rows: source and split, and a file's time and size. Raises like `locate`, and OSError."""
     source, split = locate(data_id)
     if data_id.startswith("hub:"):
         return source, split
@@ -146,10 +165,10 @@ def load(data_id: str, progress: Progress = no_progress, cancel: threading.Event
 
     if (held := peek(data_id)) is not None:
         return held
-    key = _key(data_id)
-    loaded = dataset.load(key[0], key[1], progress=progress, cancel=cancel)
+    key_ = key(data_id)
+    loaded = dataset.load(key_[0], key_[1], progress=progress, cancel=cancel)
     with _lock:
-        _loaded[key] = loaded
+        _loaded[key_] = loaded
         while len(_loaded) > KEEP:
             _loaded.popitem(last=False)
     return loaded
@@ -158,10 +177,10 @@ def load(data_id: str, progress: Progress = no_progress, cancel: threading.Event
 def peek(data_id: str):
     """The Loaded of an id if it is in memory and the file has not changed, else None. Never reads a file."""
     try:
-        key = _key(data_id)
+        key_ = key(data_id)
     except (DataError, OSError):
         return None
     with _lock:
-        if key in _loaded:
-            _loaded.move_to_end(key)
-        return _loaded.get(key)
+        if key_ in _loaded:
+            _loaded.move_to_end(key_)
+        return _loaded.get(key_)

@@ -1,0 +1,273 @@
+"""What the Data tab shows, as HTML. Pure; every text from a data set is escaped."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Sequence
+
+from kto_core.jobs import Job
+from kto_core.report import Report, histogram, weight_advice
+from kto_core.rows import Row
+from ui.jobs_view import bar
+
+KINDS = {
+    "dropped": ("Dropped", "not trained on"),
+    "changed": ("Changed", "kept, with this change"),
+    "duplicate": ("Duplicate", "kept; says again what an earlier row said"),
+    "conflict": ("Contradiction", "kept; same prompt and answer with both labels"),
+    "too_long": ("Too long", "not trained on: the answer alone is longer than the maximum length"),
+    "truncated": ("Cut", "trained on with the prompt's beginning cut off"),
+}
+LINES = 6  # line numbers named for each reason
+LOOK = 20_000  # issues looked through for line numbers; the download has all
+ROLES = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "Tool"}
+
+
+def esc(text: object) -> str:
+    return html.escape(str(text))
+
+
+# ---- the set as a whole ----------------------------------------------------------------------------------------------
+
+
+def reading(job: Job) -> str:
+    return f'<div class="note" role="status"><b>{esc(job.name)}</b> {esc(job.text)}{bar(job.fraction, job.name)}</div>'
+
+
+def problem(text: str) -> str:
+    return f'<div class="note note-bad" role="alert">{esc(text)}</div>'
+
+
+def nothing() -> str:
+    return (
+        '<div class="empty"><h3>No data chosen</h3><p>Choose a data set above, upload a file, or read one from the Hub. '
+        "Each row needs a prompt, an answer, and whether the answer is good.</p></div>"
+    )
+
+
+def summary(report: Report) -> str:
+    """Numbers in a row, and why the set cannot be trained on, if so."""
+    dropped = sum(report.dropped.values())
+    cells = [("Rows kept", f"{report.kept:,}", ""), ("Dropped", f"{dropped:,}", "warn" if dropped else "")]
+    cells += [("Duplicates", f"{report.duplicates:,}", ""),
+              ("Contradictions", f"{report.conflicts:,}", "warn" if report.conflicts else "")]  # fmt: skip
+    cells.append(("Form", report.format or "none", "word"))
+    shown = "".join(f'<div class="tile {c}"><span>{n}</span><b>{esc(v)}</b></div>' for n, v, c in cells)
+    bad = problem(report.problem) if report.problem else ""
+    return f'<div class="tiles">{shown}</div>{bad}'
+
+
+def advised(report: Report) -> tuple[str, float] | None:
+    """(field, value) of the weight to change: the rarer label's, in the middle of Eq. 9's range; None if balanced."""
+    good, bad = report.desirable, report.undesirable
+    if not good or not bad or 1.0 <= good / bad <= 1.5:
+        return None
+    side = "desirable" if good < bad else "undesirable"
+    low, high = weight_advice(good, bad)[side]
+    return f"{side}_weight", _between(low, high)
+
+
+def _between(low: float, high: float) -> float:
+    """The middle, with as few digits as stay inside the range."""
+    middle = (low + high) / 2
+    return next((r for d in range(4) if low <= (r := round(middle, d)) <= high), middle)
+
+
+def balance(report: Report) -> str:
+    """Both labels as numbers and a bar, and what Eq. 9 says about the weights."""
+    good, bad = report.desirable, report.undesirable
+    share = 100 * good / (good + bad) if good + bad else 0
+    text = f"{good:,} desirable, {bad:,} undesirable"
+    found = weight_advice(good, bad)
+    if advice := advised(report):
+        side = advice[0].removesuffix("_weight")
+        low, high = found[side]
+        says = (
+            f"For {good:,} to {bad:,} rows the KTO paper (Eq. 9) asks for a weight of the {side} rows from "
+            f"<b>{low:.3g}</b> to <b>{high:.3g}</b>, the other weight staying at 1."
+        )
+    elif good and bad:
+        says = "The labels are balanced as the KTO paper (Eq. 9) asks: both weights can stay at 1."
+    else:
+        says = "KTO learns from the difference of both labels: add rows of the other kind."
+    return (
+        '<h3 class="card-title">Labels</h3>'
+        f'<div class="balance" role="img" aria-label="{text}"><i style="width:{share:.2f}%"></i></div>'
+        f'<div class="balance-legend"><span><i class="dot good"></i>Desirable <b>{good:,}</b> ({share:.0f} %)</span>'
+        f'<span><i class="dot bad"></i>Undesirable <b>{bad:,}</b> ({100 - share if good + bad else 0:.0f} %)</span></div>'
+        f'<p class="card-text">{says}</p>'
+    )
+
+
+def lengths(report: Report, max_length: int, model: str, job: Job | None) -> str:
+    """A histogram; in tokens once they are counted."""
+    tokens = report.lengths_unit == "tokens"
+    bars = histogram(report.row_lengths, max_length if tokens else None)
+    numbers = report.lengths
+    unit = f"tokens of {esc(model)}" if tokens else "characters"
+    head = f'<h3 class="card-title">Lengths <span>in {unit}</span></h3>'
+    if not bars:
+        return head + '<p class="card-text">No rows.</p>'
+    highest = max(b["count"] for b in bars)
+    columns = "".join(
+        f'<i class="{"over" if b["over"] else ""}" style="height:{max(2.0, 100 * b["count"] / highest):.1f}%" '
+        f'title="{b["start"]:,} to {b["end"] - 1:,}: {b["count"]:,} rows"></i>'
+        if b["count"]
+        else f'<i class="none" title="{b["start"]:,} to {b["end"] - 1:,}: no rows"></i>'
+        for b in bars
+    )
+    facts = f"half up to <b>{numbers['p50']:,}</b>, 99 % up to <b>{numbers['p99']:,}</b>, longest <b>{numbers['max']:,}</b>"
+    chart = (
+        f'<div class="histogram" role="img" aria-label="Lengths of {report.kept:,} rows">{columns}</div>'
+        f'<div class="axis"><span>0</span><span>{bars[-1]["end"] - 1:,}</span></div>'
+    )
+    return f'{head}{chart}<p class="card-text">{facts}. {_fate(report, max_length, model, job)}</p>'
+
+
+def _fate(report: Report, max_length: int, model: str, job: Job | None) -> str:
+    if report.truncated is not None:
+        if not report.truncated and not report.too_long:
+            return f"All fit into the maximum length of {max_length:,}."
+        return (
+            f"At a maximum length of {max_length:,}, {report.truncated:,} prompts are cut and {report.too_long:,} rows "
+            "are left out."
+        )
+    if job and job.running:
+        return f"Counting tokens… {esc(job.text)}"
+    if job and job.state == "failed":
+        return f'<span class="bad">Tokens were not counted: {esc(job.error)}</span>'
+    return f"Press <b>Count tokens</b> to measure in tokens of {esc(model)}, the model chosen in Train."
+
+
+def problems(report: Report) -> str:
+    """Counts by kind and reason, with the first line numbers."""
+    counts: dict[tuple[str, str], int] = {("dropped", r): n for r, n in report.dropped.most_common()}
+    counts |= {("changed", r): n for r, n in report.changed.most_common()}
+    where: dict[tuple[str, str], list[str]] = {}
+    for i in range(min(LOOK, len(report.issues))):
+        issue = report.issues[i]
+        found = where.setdefault((issue["kind"], issue["reason"]), [])
+        if len(found) <= LINES:
+            like = f" (like {issue['detail']})" if issue["kind"] in ("duplicate", "conflict") else ""
+            found.append(f"{issue['line']:,}{like}")
+    totals = {"duplicate": report.duplicates, "conflict": report.conflicts}
+    totals |= {"too_long": report.too_long or 0, "truncated": report.truncated or 0}
+    for kind, reason in where:
+        counts.setdefault((kind, reason), totals.get(kind, 0))
+    head = '<h3 class="card-title">Report</h3>'
+    if not counts:
+        return head + '<p class="card-text good-news">Nothing was dropped or changed, nothing is said twice.</p>'
+    lines = []
+    for (kind, reason), count in counts.items():
+        name, meaning = KINDS[kind]
+        at = where.get((kind, reason), [])
+        rows = ", ".join(at[:LINES]) + (", …" if len(at) > LINES else "")
+        lines.append(
+            f'<tr><td><span class="kind kind-{kind}" title="{esc(meaning)}">{name}</span></td>'
+            f'<td>{esc(reason)}</td><td class="n">{count:,}</td><td class="lines">{esc(rows)}</td></tr>'
+        )
+    return (
+        f'{head}<div class="report"><table><thead><tr><th scope="col">Fate</th><th scope="col">Reason</th>'
+        f'<th scope="col" class="n">Rows</th><th scope="col">Lines</th></tr></thead><tbody>{"".join(lines)}</tbody>'
+        "</table></div>"
+    )
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+def thumb(label: bool) -> str:
+    return (
+        '<span class="label good" title="Desirable">👍<em>good</em></span>'
+        if label
+        else '<span class="label bad" title="Undesirable">👎<em>bad</em></span>'
+    )
+
+
+def table(rows: Sequence[dict], total: int, selected: int | None = None, searched: bool = False) -> str:
+    """One page of rows, as `kto_core.dataset.page` gives them. A row is chosen by click, Enter or arrow keys."""
+    if not rows:
+        text = "No row matches. Change the search or the label." if searched else "There are no rows."
+        return f'<div class="empty small"><p>{text}</p></div>'
+    lines = []
+    for r in rows:
+        marks = "".join(f'<span class="mark">{m}</span>' for m in ("system", "tools") if r[m])
+        chosen = r["index"] == selected
+        lines.append(
+            f'<tr data-index="{int(r["index"])}" tabindex="0" aria-selected="{str(chosen).lower()}">'
+            f'<td class="n">{r["line"]:,}</td><td>{thumb(r["label"])}</td>'
+            f'<td><div class="clamp">{esc(r["prompt"])}</div></td><td><div class="clamp">{esc(r["completion"])}</div></td>'
+            f'<td class="n">{r["turns"]}{marks}</td></tr>'
+        )
+    return (
+        '<div class="rows"><table><thead><tr><th scope="col" class="n">Line</th><th scope="col">Label</th>'
+        '<th scope="col">Last question</th><th scope="col">Answer</th><th scope="col" class="n">Turns</th></tr></thead>'
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
+    )
+
+
+def place(page: int, size: int, total: int) -> str:
+    """``51–100 of 4,570 rows``."""
+    if not total:
+        return '<div class="place">0 rows</div>'
+    return f'<div class="place">{page * size + 1:,}–{min(total, (page + 1) * size):,} of {total:,} rows</div>'
+
+
+def conversation(row: Row) -> str:
+    """A row's turns, tool calls and other columns."""
+    turns = [*row.prompt, *row.completion]
+    parts = [f'<div class="row-head">{thumb(row.label)}<span>Line {row.line:,}</span></div>']
+    for i, m in enumerate(turns):
+        last = " answer" if i == len(turns) - 1 else ""
+        parts.append(
+            f'<div class="turn {esc(m["role"])}{last}"><b>{esc(ROLES.get(m["role"], m["role"]))}'
+            f"{' · the answer that was rated' if last else ''}</b><pre>{esc(m['content'] or '')}</pre>{_calls(m)}</div>"
+        )
+    if row.tools:
+        parts.append(_folded(f"{len(row.tools)} tools offered", row.tools))
+    if row.extra:
+        parts.append(_folded("Other columns", row.extra))
+    return "".join(parts)
+
+
+def _calls(message: dict) -> str:
+    calls = message.get("tool_calls")
+    return f'<pre class="calls">{esc(json.dumps(calls, ensure_ascii=False, indent=1))}</pre>' if calls else ""
+
+
+def _folded(title: str, value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False, indent=1, default=str)
+    return f"<details><summary>{esc(title)}</summary><pre>{esc(text)}</pre></details>"
+
+
+def as_seen(row: Row, rendered) -> str:
+    """The text the model is trained on: special tokens marked, the answer (what is learned) set apart."""
+    text = rendered.prompt + rendered.completion
+    border = len(rendered.prompt)
+    parts = {False: [], True: []}  # of the prompt, of the answer
+    at = 0
+    for start, end in [*rendered.special, (len(text), len(text))]:
+        for a, b in ((at, min(start, border)), (max(at, border), start)):
+            if a < b:
+                parts[a >= border].append(esc(text[a:b]))
+        if start < end:
+            parts[start >= border].append(f'<mark class="token">{esc(text[start:end])}</mark>')
+        at = end
+    return (
+        f'<div class="row-head">{thumb(row.label)}<span>Line {row.line:,}</span></div>'
+        f'<div class="seen"><b>Prompt</b><pre>{"".join(parts[False])}</pre>'
+        f'<b>Answer, what is learned {"to be likelier" if row.label else "to be rarer"}</b>'
+        f'<pre class="learned">{"".join(parts[True])}</pre></div>'
+    )
+
+
+def not_seen(model: str, job: Job | None) -> str:
+    if job and job.running:
+        return f'<div class="note" role="status">{esc(job.text or "Loading the tokenizer…")}{bar(None, "Tokenizer")}</div>'
+    if job and job.state == "failed":
+        return problem(job.error)
+    return (
+        f'<div class="note">The text as {esc(model)} sees it needs its tokenizer. Press <b>Count tokens</b> to load '
+        "it.</div>"
+    )
