@@ -128,6 +128,33 @@ def test_the_loss_formula_in_float64(z0):
     assert x.grad.tolist() == pytest.approx(slopes, rel=1e-12)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "mistral with a window", "gemma3"])
+def test_the_variable_length_call(monkeypatch, architecture):
+    """The GPU's way, with its kernel's documented meaning written out: causal from the last key, heads grouped."""
+
+    def kernel(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
+        out = []
+        assert enable_gqa and max_q == int(cu_q.diff().max()) and max_k == int(cu_k.diff().max())
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+        for (a, b), (c, d) in zip(cu_q.unfold(0, 2, 1).tolist(), cu_k.unfold(0, 2, 1).tolist(), strict=True):
+            far = torch.arange(b - a)[:, None] + (d - c) - (b - a) - torch.arange(d - c)
+            seen = (far >= 0) & ((far <= window_size[0]) if window_size[0] >= 0 else True)
+            scores = torch.einsum("qhd,khd->hqk", q[a:b], k[c:d]) * scale
+            out.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v[c:d]))
+        return torch.cat(out)
+
+    known = frozenset(("scale", "window_size", "enable_gqa"))
+    monkeypatch.setattr(attention, "_varlen_serves", lambda query, value: True)
+    monkeypatch.setattr(attention, "_varlen_function", lambda: (kernel, known))
+    model = oracle.tuned_model(architecture)
+    rows = oracle.random_rows(6)
+    prompts, completions, labels = rows
+    expected = oracle.step(model, prompts, completions, [*completions[1:], completions[0]], labels)
+    for budget in (None, 70):
+        result, gradients = run(Engine(model, budget, checkpoint_layers=1), group_of(rows, expected))
+        check(result, gradients, expected, 1e-5)
+
+
 # ---- the tree -------------------------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,8 @@ scaled-dot-product calls with a mask made from the tree.
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -77,6 +79,9 @@ def tree_attention(
         raise RuntimeError("the attention kto_tree needs the keyword kto_tree; use_tree() is for tree passes only")
     if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
         raise RuntimeError("attention sinks and position biases are not supported by the packed engine")
+    if torch.is_autocast_enabled(query.device.type):  # an fp32 norm or rotation may have left q and k in fp32
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     layer = module.layer_idx
     if kto_tree.store is not None and layer not in kto_tree.store:
         kto_tree.store[layer] = tuple(t.detach().index_select(2, kto_tree.keep) for t in (key, value))
@@ -99,12 +104,14 @@ def _varlen_serves(query, value) -> bool:
     return torch.cuda.get_device_capability(query.device) >= (8, 0) and _varlen_function() is not None
 
 
+@functools.cache
 def _varlen_function():
+    """torch's variable-length attention and the names of its parameters, which differ by version; None without it."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:  # torch before 2.10
         return None
-    return varlen_attn
+    return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
 
 
 def _varlen_plan(segments: Segments, device, window):
@@ -121,14 +128,11 @@ def _varlen_plan(segments: Segments, device, window):
 
 
 def _varlen(plan, query, key, value, scaling, window):
-    import inspect
-
     cu_q, cu_k, max_q, max_k, index = plan
     query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))  # [T, H, D]
     if index is not None:
-        key, value = key.index_select(0, index), value.index_select(0, index)
-    function = _varlen_function()
-    known = inspect.signature(function).parameters
+        key, value = _Gather.apply(key, index), _Gather.apply(value, index)
+    function, known = _varlen_function()
     kwargs = {"scale": scaling}
     if "window_size" in known:
         kwargs["window_size"] = (window - 1 if window else -1, 0)
@@ -143,6 +147,22 @@ def _varlen(plan, query, key, value, scaling, window):
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     out = function(query.contiguous(), key.contiguous(), value.contiguous(), cu_q, cu_k, max_q, max_k, **kwargs)
     return out[None]
+
+
+class _Gather(torch.autograd.Function):
+    """index_select on dim 0 whose backward adds up in fp32: a prefix shared by many rows gets many small gradients."""
+
+    @staticmethod
+    def forward(ctx, tensor, index):
+        ctx.save_for_backward(index)
+        ctx.length = len(tensor)
+        return tensor.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (index,) = ctx.saved_tensors
+        total = torch.zeros(ctx.length, *grad.shape[1:], dtype=torch.float32, device=grad.device)
+        return total.index_add_(0, index, grad.float()).to(grad.dtype), None
 
 
 # ---- masked calls, each for some neighbouring segments ---------------------------------------------------------------

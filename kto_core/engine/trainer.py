@@ -236,17 +236,17 @@ class PackedKTOTrainer(KTOTrainer):
     def _step(self, inputs: dict, backward: bool, planned=None, mode: str = "train") -> torch.Tensor:
         rows, scores = planned or (self.rows, self.reference_scores)
         numbers, partner, size = inputs["rows"], inputs["partner"], inputs["size"]
-        chunks = [np.arange(len(numbers))]
-        if self.kl_group == "microbatch" and mode == "train":
-            chunks = [c for c in np.split(chunks[0], range(self.micro_batch, len(numbers), self.micro_batch)) if len(c)]
         world = self.accelerator.num_processes
+        micro = self.micro_batch if self.kl_group == "microbatch" and mode == "train" else size
+        starts = range(0, size, micro * world)  # the same number on every process
         results, loss = [], torch.zeros((), device=self.engine.device)
-        for chunk in chunks:
-            group = self._group(rows, scores, numbers[chunk], partner[chunk])
-            divisor = size if len(chunks) == 1 else len(chunk) * len(chunks) * world
-            if not len(chunk):  # fewer rows than processes
-                self.engine_idle(backward)
+        for start in starts:
+            chunk = slice(start // world, start // world + micro)
+            divisor = min(micro * world, size - start) * len(starts)
+            if not len(numbers[chunk]):  # fewer rows than processes
+                results.append((None, self._idle_z0()))
                 continue
+            group = self._group(rows, scores, numbers[chunk], partner[chunk])
             with self.engine.using_tree():
                 result = self.engine.run(
                     group,
@@ -285,10 +285,12 @@ class PackedKTOTrainer(KTOTrainer):
             tensor(scores.values(zip(own, other, strict=True)), torch.float64) if kl else None,
         )
 
-    def engine_idle(self, backward: bool) -> None:
+    def _idle_z0(self) -> float:
         """Take part in z0 with no rows, so that the other processes do not wait."""
-        if self.calculate_KL:
-            self.accelerator.reduce(torch.zeros(2, device=self.engine.device), reduction="sum")
+        if not self.calculate_KL:
+            return 0.0
+        total = self.accelerator.reduce(torch.zeros(2, device=self.engine.device), reduction="sum").tolist()
+        return max(0.0, total[0] / total[1])
 
     def _reduce_gradients(self) -> None:
         """Sum over processes; the row losses were divided by the rows of all of them."""
@@ -302,16 +304,18 @@ class PackedKTOTrainer(KTOTrainer):
         """Append TRL's metrics of one step (one entry a micro-batch with kl_group "microbatch")."""
         metrics = self._metrics[mode]
         for group, result in results:
-            rewards = self.beta * (result.logps - group.ref.to(result.logps.dtype))
-            sums = [result.entropy.sum(), result.lengths.sum(), result.lengths.new_tensor(result.tokens)]
-            for chosen in (group.labels, ~group.labels):
-                sums += [chosen.sum(), rewards[chosen].sum(), result.logps[chosen].sum()]
-                sums += [result.mean_logits[chosen].sum(), result.lengths[chosen].sum()]
-            total = torch.stack([s.double().to(self.engine.device) for s in sums])
+            total = torch.zeros(13, dtype=torch.float64, device=self.engine.device)
+            if group is not None:
+                rewards = self.beta * (result.logps - group.ref.to(result.logps.dtype))
+                sums = [result.entropy.sum(), result.lengths.sum(), result.lengths.new_tensor(result.tokens)]
+                for chosen in (group.labels, ~group.labels):
+                    sums += [chosen.sum(), rewards[chosen].sum(), result.logps[chosen].sum()]
+                    sums += [result.mean_logits[chosen].sum(), result.lengths[chosen].sum()]
+                total = torch.stack([s.double() for s in sums])
             if self.accelerator.num_processes > 1:
                 total = self.accelerator.reduce(total, reduction="sum")
             entropy, scored, tokens, *sides = total.tolist()
-            metrics["kl"].append(float(result.z0))
+            metrics["kl"].append(float(result.z0 if group is not None else result))
             metrics["entropy"].append(entropy / max(1.0, scored))
             if mode == "train":
                 self._total_train_tokens += int(tokens)
