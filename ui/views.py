@@ -47,6 +47,21 @@ def brand() -> str:
     )
 
 
+def note(text: str, tone: str = "") -> str:
+    """A line set apart; ``tone`` is "", "good" or "bad"."""
+    role = ' role="alert"' if tone == "bad" else ""
+    return f'<div class="note{f" note-{tone}" if tone else ""}"{role}>{html.escape(text)}</div>'
+
+
+def size(n: float) -> str:
+    """``1.2 MB`` of bytes."""
+    for unit in ("bytes", "kB", "MB"):
+        if n < 1000:
+            return f"{n:.0f} {unit}" if unit == "bytes" else f"{n:.1f} {unit}"
+        n /= 1000
+    return f"{n:.1f} GB"
+
+
 def chip(state: str) -> str:
     return f'<span class="chip chip-{html.escape(state)}">{html.escape(LABELS.get(state, state))}</span>'
 
