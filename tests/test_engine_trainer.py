@@ -257,6 +257,56 @@ def test_every_lora_tensor_moves_with_a_4_bit_base(tmp_path, tokenizer):
             assert moved > 0.9, (name, float(moved))
 
 
+def test_bf16_starts_near_the_reference_and_keeps_fp32_adapters(tmp_path, tokenizer):
+    args = arguments(tmp_path, bf16=True, max_steps=4)
+    trainer = packed(tmp_path, tokenizer, dataset(16), oracle.base_model("qwen3").bfloat16(), args)
+    assert trainer._scoring_dtype() == "bfloat16"
+    trainer.train()
+    first = metrics(trainer)[0]
+    assert abs(first["rewards/margins"]) < 0.05 and first["kl"] < 0.5  # rounding, packed one way or the other
+    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
+    assert all(math.isfinite(m["loss"]) for m in metrics(trainer))
+
+
+def test_limits_follow_the_memory(tmp_path, tokenizer, monkeypatch):
+    """Less memory: first more recomputed layers (on a GPU), then smaller passes; the measured bytes are the truth."""
+    from kto_core.engine import memory
+
+    trainer = packed(tmp_path, tokenizer, dataset(16))
+    engine, groups = trainer.engine, memory.sample_groups(trainer.planner)
+    per_layer, width, rest, _ = memory.measure(engine, trainer._autocast)
+    assert width == 64 * 4
+    assert 8 * width < per_layer < 60 * width and 0 < rest < per_layer * 3
+    monkeypatch.setattr(memory, "RESERVE", {})
+    monkeypatch.setattr(engine, "device", torch.device("meta"))  # not "cpu", where nothing is recomputed
+    found = []
+    for share in (3.0, 0.6, 0.35, 0.1):
+        need = max(groups) * (3 * per_layer + rest) * share + sum(p.numel() * 12 for p in trainer.model.parameters())
+        monkeypatch.setattr(memory, "available", lambda device, need=need: need / memory.SHARE)
+        found.append(memory.limits(engine, groups, trainer._autocast, None, 40))
+    budgets, layers = zip(*found, strict=True)
+    assert layers[0] == 0 and list(layers) == sorted(layers) and layers[-1] == 3
+    assert budgets[0] >= max(groups) > budgets[-1]
+
+
+def test_out_of_memory_is_answered_with_smaller_passes(tmp_path, tokenizer, monkeypatch):
+    data = dataset(16)
+    quiet = packed(tmp_path, tokenizer, data)
+    quiet.train()
+    trainer = packed(tmp_path, tokenizer, data)
+    run, failures = trainer.engine.run, iter([True, True, False, True, False, False, False, False, False])
+
+    def fails(*args, **kwargs):
+        if next(failures):
+            raise torch.cuda.OutOfMemoryError("for the test")
+        return run(*args, **kwargs)
+
+    monkeypatch.setattr(trainer.engine, "run", fails)
+    trainer.train()
+    assert trainer.engine.checkpoint_layers == 3
+    assert [m["loss"] for m in metrics(trainer)] == pytest.approx([m["loss"] for m in metrics(quiet)], rel=1e-5)
+
+
 # ---- what it refuses ------------------------------------------------------------------------------------------------
 
 
@@ -309,6 +359,7 @@ def test_available(architecture):
         ("qwen3_next", {}, "mixture of experts"),
         ("mamba", {}, "linear attention"),
         ("t5", {}, "encoder-decoder"),
+        ("gpt2", {}, "rotary"),
         ("gemma3", {}, "images"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "position"),
     ],
@@ -316,3 +367,9 @@ def test_available(architecture):
 def test_not_available_says_why(model_type, settings, word):
     ok, reason = available(AutoConfig.for_model(model_type, **settings))
     assert not ok and word in reason and reason.endswith(".")
+
+
+def test_available_with_a_length():
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    config = AutoConfig.for_model("llama", max_position_embeddings=4096, rope_parameters=rope)
+    assert available(config, 2048) == (True, "") and not available(config, 2049)[0]

@@ -44,11 +44,14 @@ def available(hf_config, max_length: int | None = None) -> tuple[bool, str]:
     for r in ropes:
         key = "original_max_position_embeddings"
         limit = r.get(key) or getattr(config, key, None) or config.max_position_embeddings
-        if r.get("rope_type") in ("dynamic", "longrope") and (max_length is None or max_length > limit):
+        # a prompt is also followed by another row's completion: up to twice max_length
+        if r.get("rope_type") in ("dynamic", "longrope") and (max_length is None or 2 * max_length > limit):
             return False, (
-                f"{name} changes its position encoding for rows longer than {limit} tokens, so that rows of one pass "
-                "would influence each other; set max_length below that to use the packed engine."
+                f"{name} changes its position encoding beyond {limit} tokens, so that rows of one pass would influence "
+                f"each other; set max_length to {limit // 2} or less to use the packed engine."
             )
+    if not ropes:
+        return False, f"{name} has no rotary position encoding, and the packed engine serves decoders that have."
     try:
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 

@@ -9,7 +9,7 @@ import torch
 
 from . import attention, tree
 
-MEASURED = 192  # tokens of the measured pass
+MEASURED = (64, 192)  # tokens of the measured passes
 SHARE = 0.85  # of the free memory that is planned with; the rest is fragmentation and what was not counted
 RESERVE = {"cuda": 3 * 2**28, "cpu": 2**28}  # logits' chunks, gradients of the head's input, kernels' workspaces
 
@@ -34,12 +34,13 @@ def limits(engine, groups: list[int], autocast, checkpoint_layers: int | None, l
     if that is possible at all). ``checkpoint_layers`` given: only the budget is chosen.
     """
     total = len(engine.layers)
-    per_layer, per_input, fixed = measure(engine, autocast)
+    per_layer, per_input, rest, copies = measure(engine, autocast)
     free = available(engine.device) * SHARE - RESERVE.get(engine.device.type, 0)
-    free -= sum(p.numel() * 12 for p in engine.model.parameters() if p.requires_grad)  # gradient and Adam's moments
+    adapter = sum(p.numel() for p in engine.model.parameters() if p.requires_grad)
+    free -= copies + 12 * adapter  # gradient and Adam's moments
 
     def most(layers: int) -> int:
-        a_token = (total - layers) * per_layer + layers * per_input + (1.5 * per_layer if layers else 0) + fixed
+        a_token = (total - layers) * per_layer + layers * per_input + (1.5 * per_layer if layers else 0) + rest
         return int(free / a_token)
 
     wanted = max([*groups, longest])
@@ -52,18 +53,34 @@ def limits(engine, groups: list[int], autocast, checkpoint_layers: int | None, l
     return max(0, most(choices[-1])), choices[-1]
 
 
-def measure(engine, autocast) -> tuple[float, float, float]:
-    """Bytes a token keeps for the backward: in one decoder layer; as a layer's input; outside the layers."""
-    ids = np.arange(MEASURED, dtype=np.int32) % 97 + 3
-    t = tree.build([ids[:-1]], [ids[-2:]])
+def measure(engine, autocast) -> tuple[float, float, float, float]:
+    """Bytes kept for the backward: by a token in one decoder layer; as a layer's input; outside the layers; and by the
+    pass whatever its tokens (number-format copies of the adapter's weights)."""
+    (few, few_rest, _), (many, many_rest, width) = (_kept(engine, autocast, t) for t in MEASURED)
+    tokens, layers = MEASURED[1] - MEASURED[0], max(1, len(engine.layers))
+    per_layer = (many - few) / tokens / layers
+    config = engine.causal.config.get_text_config()
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    store = 2 * heads * head * (width // config.hidden_size) * len(engine.layers)  # the prompts' keys and values
+    rest = (many_rest - few_rest) / tokens + 3 * width + store
+    return per_layer, width, rest, max(0.0, few - per_layer * layers * MEASURED[0])
+
+
+def _kept(engine, autocast, tokens: int) -> tuple[int, int, int]:
+    """Bytes that a pass of ``tokens`` tokens saves in the layers and outside, and of one hidden state."""
+    ids = np.arange(tokens + 1, dtype=np.int32) % 97 + 3
+    t = tree.build([ids[:-2]], [ids[-3:]])
     kept = {"layers": 0, "rest": 0}
     seen: set[int] = {p.untyped_storage().data_ptr() for p in engine.model.parameters()}
+    alive = []  # a freed storage's address would be met again
     where = "rest"
 
     def pack(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in seen:
             seen.add(storage.data_ptr())
+            alive.append(storage)
             kept[where] += storage.nbytes()
         return tensor
 
@@ -84,12 +101,7 @@ def measure(engine, autocast) -> tuple[float, float, float]:
         engine.checkpoint_layers = before
         for h in hooks:
             h.remove()
-    tokens, width = len(t), hidden.shape[-1] * hidden.element_size()
-    config = engine.causal.config.get_text_config()
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    kv = 2 * (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * head * hidden.element_size()
-    fixed = kept["rest"] / tokens + 3 * width + kv * len(engine.layers)
-    return kept["layers"] / tokens / max(1, len(engine.layers)), width, fixed
+    return kept["layers"], kept["rest"], hidden.shape[-1] * hidden.element_size()
 
 
 def available(device: torch.device) -> float:

@@ -13,6 +13,7 @@ from functools import partial
 
 import numpy as np
 import torch
+import torch.utils.checkpoint
 
 from . import attention, tree
 from .loss import Head, kto_losses, sequence_sums, token_logps
@@ -80,7 +81,9 @@ class Engine:
         self._checkpointed = min(count, len(self.layers))
         for i, layer in enumerate(self.layers):
             layer.gradient_checkpointing = i < self._checkpointed
-            layer._gradient_checkpointing_func = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+            layer._gradient_checkpointing_func = partial(
+                torch.utils.checkpoint.checkpoint, use_reentrant=False, preserve_rng_state=False
+            )  # there is no dropout to repeat
 
     def using_tree(self):
         return attention.use_tree(self._configs.values())

@@ -18,7 +18,7 @@ from functools import partial
 import numpy as np
 import torch
 from transformers import set_seed
-from trl import KTOTrainer
+from trl import KTOConfig, KTOTrainer
 from trl.trainer.utils import disable_dropout_in_model
 
 from ..errors import DataError, HardwareError, ModelError
@@ -74,6 +74,7 @@ class PackedKTOTrainer(KTOTrainer):
         progress: Progress = no_progress,
         cancel: threading.Event | None = None,
     ):
+        args = args if args is not None else KTOConfig("kto-output")
         if ref_model is not None:
             raise ModelError("The packed engine's reference is the policy at the start. Pass no ref_model.")
         if kl_group not in ("batch", "microbatch"):
@@ -217,21 +218,26 @@ class PackedKTOTrainer(KTOTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         model.train()
         while True:
-            try:
+            with contextlib.suppress(torch.cuda.OutOfMemoryError):
                 return self._step(inputs, backward=True)
-            except torch.cuda.OutOfMemoryError:
-                if not memory.tighten(self.engine, longest(self.rows)):
-                    raise HardwareError(
-                        "The GPU's memory does not hold one row's pass. Lower max_length or use a smaller model."
-                    ) from None
-                logger.warning(
-                    "Out of GPU memory; going on with %d recomputed layers and %s tokens a pass.",
-                    self.engine.checkpoint_layers,
-                    self.engine.token_budget,
-                )
-                for p in trainable(self.model).values():  # the whole batch is computed again
-                    p.grad = None
-                torch.cuda.empty_cache()
+            self._make_room()  # outside of the handler, whose traceback would hold on to the failed pass's tensors
+
+    def _make_room(self) -> None:
+        """Tighter limits after running out of memory; the whole batch is then computed again.
+
+        Raises:
+            HardwareError: nothing is left to give (or there are several processes, which would lose step).
+        """
+        if self.accelerator.num_processes > 1 or not memory.tighten(self.engine, longest(self.rows)):
+            raise HardwareError("The GPU ran out of memory. Lower max_length, or use a smaller model.")
+        logger.warning(
+            "Out of GPU memory; going on with %d recomputed layers and %s tokens a pass.",
+            self.engine.checkpoint_layers,
+            self.engine.token_budget,
+        )
+        for p in trainable(self.model).values():
+            p.grad = None
+        torch.cuda.empty_cache()
 
     def _step(self, inputs: dict, backward: bool, planned=None, mode: str = "train") -> torch.Tensor:
         rows, scores = planned or (self.rows, self.reference_scores)
