@@ -24,7 +24,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--share", action="store_true", help="also open a public link through Gradio's tunnel, behind a password"
     )
-    parser.add_argument("--demo", action="store_true", help="open with the demo: train the example, show before and after")
+    parser.add_argument("--demo", action="store_true", help="train the example, show the model before and after")
     args = parser.parse_args(argv)
     if args.port is not None and not 0 < args.port < 65536:
         parser.error(f"--port must be from 1 to 65535, not {args.port}")

@@ -12,7 +12,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio is i
 import gradio as gr  # noqa: E402
 
 from kto_core import paths  # noqa: E402
-from ui import chat_tab, data_tab, demo_panel, export_tab, live, sources, train_form, train_tab, views  # noqa: E402
+from ui import data_tab, demo_panel, live, sources, train_form, train_tab, views  # noqa: E402
 from ui.context import Context  # noqa: E402
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -158,7 +158,10 @@ def doors(public: bool) -> dict:
     accounts = security.Accounts()
     gate = security.app_kwargs({"folders": folders()}, guest.build(), accounts=accounts, guest_options=looks())
     print(f"The app can be reached from other machines. User: {security.OWNER}   Password: {accounts.owner}")
-    print(f"Guests, who can only chat, at {security.GUEST_PATH}: {security.GUEST}   Password: {accounts.guest}", flush=True)
+    print(
+        f"Guests, who can only chat, at {security.GUEST_PATH}: {security.GUEST}   Password: {accounts.guest}",
+        flush=True,
+    )
     return {"auth": accounts.owner_login, "app_kwargs": gate}
 
 

@@ -90,7 +90,9 @@ def view(form: dict, data_id: str) -> str:
         train_checks.check_size(found.config)
         train_checks.check_libraries(found.config)
     except KTOError as e:
-        return f'<div class="note note-bad" role="alert"><b>This cannot be trained here</b><br>{html.escape(str(e))}</div>'
+        return (
+            f'<div class="note note-bad" role="alert"><b>This cannot be trained here</b><br>{html.escape(str(e))}</div>'
+        )
     remarks = "".join(f"<br>{html.escape(r)}" for r in train_form.config.remarks(found.config))
     job = _exact.get(key(form, data_id))
     if job and job.state == "done":
