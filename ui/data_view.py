@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from kto_core.jobs import Job
 from kto_core.report import Report, histogram, weight_advice
 from kto_core.rows import Row
-from ui.jobs_view import bar
+from ui.jobs_view import bar, duration
 
 KINDS = {
     "dropped": ("Dropped", "not trained on"),
@@ -21,6 +21,9 @@ KINDS = {
 }
 LINES = 6  # line numbers named for each reason
 LOOK = 20_000  # issues looked through for line numbers; the download has all
+SHOWN = 6000  # characters at each end of a text; the middle of a longer one is left out, and that is said
+PAGE = 50  # rows of the table
+FILTERS = [("All", "all"), ("Desirable", "yes"), ("Undesirable", "no")]
 ROLES = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "Tool"}
 
 
@@ -28,11 +31,47 @@ def esc(text: object) -> str:
     return html.escape(str(text))
 
 
+def clipped(text: str) -> str:
+    """Escaped, the middle of a long text left out."""
+    return _marked(text, [])
+
+
+def _marked(text: str, spans: Sequence[tuple[int, int]]) -> str:
+    """Escaped text with a mark around each span."""
+    if len(text) <= 2 * SHOWN:
+        return _stretch(text, spans, 0, len(text))
+    head, tail = SHOWN, len(text) - SHOWN
+    gap = f'<span class="gap">… {tail - head:,} characters are left out here …</span>'
+    return _stretch(text, spans, 0, head) + gap + _stretch(text, spans, tail, len(text))
+
+
+def _stretch(text: str, spans: Sequence[tuple[int, int]], start: int, end: int) -> str:
+    out, at = [], start
+    for a, b in spans:
+        a, b = max(a, start), min(b, end)
+        if a < b:
+            out += [esc(text[at:a]), f'<mark class="token">{esc(text[a:b])}</mark>']
+            at = b
+    return "".join([*out, esc(text[at:end])])
+
+
+def label_of(choice: str | None) -> bool | None:
+    """The label that a choice of `FILTERS` asks for; None: both."""
+    return {"yes": True, "no": False}.get(choice or "all")
+
+
 # ---- the set as a whole ----------------------------------------------------------------------------------------------
 
 
-def reading(job: Job) -> str:
-    return f'<div class="note" role="status"><b>{esc(job.name)}</b> {esc(job.text)}{bar(job.fraction, job.name)}</div>'
+def working(job: Job, verb: str) -> str:
+    """A running job: bar, what it does, time left."""
+    left = f" · {duration(job.eta)} left" if job.eta and job.eta > 1 else ""
+    text = esc((job.text or f"{verb}…") + left)
+    return f'<div class="note" role="status">{bar(job.fraction, verb)}{text}</div>'
+
+
+def note(text: str) -> str:
+    return f'<div class="note">{esc(text)}</div>'
 
 
 def problem(text: str) -> str:
@@ -41,7 +80,7 @@ def problem(text: str) -> str:
 
 def nothing() -> str:
     return (
-        '<div class="empty"><h3>No data chosen</h3><p>Choose a data set above, upload a file, or read one from the Hub. '
+        '<div class="empty"><h3>No data chosen</h3><p>Choose a data set, upload a file, or read one from the Hub. '
         "Each row needs a prompt, an answer, and whether the answer is good.</p></div>"
     )
 
@@ -95,20 +134,25 @@ def balance(report: Report) -> str:
         '<h3 class="card-title">Labels</h3>'
         f'<div class="balance" role="img" aria-label="{text}"><i style="width:{share:.2f}%"></i></div>'
         f'<div class="balance-legend"><span><i class="dot good"></i>Desirable <b>{good:,}</b> ({share:.0f} %)</span>'
-        f'<span><i class="dot bad"></i>Undesirable <b>{bad:,}</b> ({100 - share if good + bad else 0:.0f} %)</span></div>'
+        f'<span><i class="dot bad"></i>Undesirable <b>{bad:,}</b> '
+        f"({100 - share if good + bad else 0:.0f} %)</span></div>"
         f'<p class="card-text">{says}</p>'
     )
 
 
-def lengths(report: Report, max_length: int, model: str, job: Job | None) -> str:
-    """A histogram; in tokens once they are counted."""
-    tokens = report.lengths_unit == "tokens"
-    bars = histogram(report.row_lengths, max_length if tokens else None)
-    numbers = report.lengths
-    unit = f"tokens of {esc(model)}" if tokens else "characters"
-    head = f'<h3 class="card-title">Lengths <span>in {unit}</span></h3>'
+def lengths(report: Report, max_length: int | None, model: str, job: Job | None, drawn: str) -> str:
+    """A histogram (``drawn`` by `chart`) and what becomes of long rows; in tokens once they are counted."""
+    unit = f"tokens of {esc(model)}" if report.lengths_unit == "tokens" else "characters"
+    fate = f'<p class="card-text">{_fate(report, max_length, model, job)}</p>' if report.kept else ""
+    return f'<h3 class="card-title">Lengths <span>in {unit}</span></h3>{drawn}{fate}'
+
+
+def chart(report: Report, max_length: int | None) -> str:
+    """Bars of how many rows are how long. A million rows take a second: draw it once, where nobody waits."""
+    bars = histogram(report.row_lengths, max_length if report.lengths_unit == "tokens" else None)
     if not bars:
-        return head + '<p class="card-text">No rows.</p>'
+        return '<p class="card-text">No rows.</p>'
+    numbers = report.lengths
     highest = max(b["count"] for b in bars)
     columns = "".join(
         f'<i class="{"over" if b["over"] else ""}" style="height:{max(2.0, 100 * b["count"] / highest):.1f}%" '
@@ -117,18 +161,18 @@ def lengths(report: Report, max_length: int, model: str, job: Job | None) -> str
         else f'<i class="none" title="{b["start"]:,} to {b["end"] - 1:,}: no rows"></i>'
         for b in bars
     )
-    facts = f"half up to <b>{numbers['p50']:,}</b>, 99 % up to <b>{numbers['p99']:,}</b>, longest <b>{numbers['max']:,}</b>"
-    chart = (
+    return (
         f'<div class="histogram" role="img" aria-label="Lengths of {report.kept:,} rows">{columns}</div>'
         f'<div class="axis"><span>0</span><span>{bars[-1]["end"] - 1:,}</span></div>'
+        f'<p class="card-text">Half up to <b>{numbers["p50"]:,}</b>, 99 % up to <b>{numbers["p99"]:,}</b>, '
+        f"longest <b>{numbers['max']:,}</b>.</p>"
     )
-    return f'{head}{chart}<p class="card-text">{facts}. {_fate(report, max_length, model, job)}</p>'
 
 
-def _fate(report: Report, max_length: int, model: str, job: Job | None) -> str:
+def _fate(report: Report, max_length: int | None, model: str, job: Job | None) -> str:
     if report.truncated is not None:
         if not report.truncated and not report.too_long:
-            return f"All fit into the maximum length of {max_length:,}."
+            return f"All fit into the maximum length of {max_length:,}." if max_length else ""
         return (
             f"At a maximum length of {max_length:,}, {report.truncated:,} prompts are cut and {report.too_long:,} rows "
             "are left out."
@@ -137,7 +181,7 @@ def _fate(report: Report, max_length: int, model: str, job: Job | None) -> str:
         return f"Counting tokens… {esc(job.text)}"
     if job and job.state == "failed":
         return f'<span class="bad">Tokens were not counted: {esc(job.error)}</span>'
-    return f"Press <b>Count tokens</b> to measure in tokens of {esc(model)}, the model chosen in Train."
+    return f"Press <b>Count tokens</b> to measure in tokens of {esc(model)}."
 
 
 def problems(report: Report) -> str:
@@ -196,12 +240,13 @@ def table(rows: Sequence[dict], total: int, selected: int | None = None, searche
         chosen = r["index"] == selected
         lines.append(
             f'<tr data-index="{int(r["index"])}" tabindex="0" aria-selected="{str(chosen).lower()}">'
-            f'<td class="n">{r["line"]:,}</td><td>{thumb(r["label"])}</td>'
-            f'<td><div class="clamp">{esc(r["prompt"])}</div></td><td><div class="clamp">{esc(r["completion"])}</div></td>'
+            f'<td class="n" title="Line {r["line"]:,}">{r["index"] + 1:,}</td><td>{thumb(r["label"])}</td>'
+            f'<td><div class="clamp">{esc(r["prompt"])}</div></td>'
+            f'<td><div class="clamp">{esc(r["completion"])}</div></td>'
             f'<td class="n">{r["turns"]}{marks}</td></tr>'
         )
     return (
-        '<div class="rows"><table><thead><tr><th scope="col" class="n">Line</th><th scope="col">Label</th>'
+        '<div class="rows"><table><thead><tr><th scope="col" class="n">Row</th><th scope="col">Label</th>'
         '<th scope="col">Last question</th><th scope="col">Answer</th><th scope="col" class="n">Turns</th></tr></thead>'
         f"<tbody>{''.join(lines)}</tbody></table></div>"
     )
@@ -219,10 +264,12 @@ def conversation(row: Row) -> str:
     turns = [*row.prompt, *row.completion]
     parts = [f'<div class="row-head">{thumb(row.label)}<span>Line {row.line:,}</span></div>']
     for i, m in enumerate(turns):
-        last = " answer" if i == len(turns) - 1 else ""
+        last = i == len(turns) - 1
+        said = " · the answer that was rated" if last else ""
         parts.append(
-            f'<div class="turn {esc(m["role"])}{last}"><b>{esc(ROLES.get(m["role"], m["role"]))}'
-            f"{' · the answer that was rated' if last else ''}</b><pre>{esc(m['content'] or '')}</pre>{_calls(m)}</div>"
+            f'<div class="turn {esc(m["role"])}{" answer" if last else ""}">'
+            f"<b>{esc(ROLES.get(m['role'], m['role']))}{said}</b>"
+            f"<pre>{clipped(m['content'] or '')}</pre>{_calls(m)}</div>"
         )
     if row.tools:
         parts.append(_folded(f"{len(row.tools)} tools offered", row.tools))
@@ -233,38 +280,32 @@ def conversation(row: Row) -> str:
 
 def _calls(message: dict) -> str:
     calls = message.get("tool_calls")
-    return f'<pre class="calls">{esc(json.dumps(calls, ensure_ascii=False, indent=1))}</pre>' if calls else ""
+    return f'<pre class="calls">{clipped(json.dumps(calls, ensure_ascii=False, indent=1))}</pre>' if calls else ""
 
 
 def _folded(title: str, value: object) -> str:
     text = json.dumps(value, ensure_ascii=False, indent=1, default=str)
-    return f"<details><summary>{esc(title)}</summary><pre>{esc(text)}</pre></details>"
+    return f"<details><summary>{esc(title)}</summary><pre>{clipped(text)}</pre></details>"
 
 
 def as_seen(row: Row, rendered) -> str:
     """The text the model is trained on: special tokens marked, the answer (what is learned) set apart."""
-    text = rendered.prompt + rendered.completion
-    border = len(rendered.prompt)
-    parts = {False: [], True: []}  # of the prompt, of the answer
-    at = 0
-    for start, end in [*rendered.special, (len(text), len(text))]:
-        for a, b in ((at, min(start, border)), (max(at, border), start)):
-            if a < b:
-                parts[a >= border].append(esc(text[a:b]))
-        if start < end:
-            parts[start >= border].append(f'<mark class="token">{esc(text[start:end])}</mark>')
-        at = end
+    cut = len(rendered.prompt)
+    prompt = _marked(rendered.prompt, [(a, b) for a, b in rendered.special if b <= cut])
+    answer = _marked(rendered.completion, [(a - cut, b - cut) for a, b in rendered.special if a >= cut])
     return (
         f'<div class="row-head">{thumb(row.label)}<span>Line {row.line:,}</span></div>'
-        f'<div class="seen"><b>Prompt</b><pre>{"".join(parts[False])}</pre>'
-        f'<b>Answer, what is learned {"to be likelier" if row.label else "to be rarer"}</b>'
-        f'<pre class="learned">{"".join(parts[True])}</pre></div>'
+        f'<div class="seen"><b>Prompt</b><pre>{prompt}</pre>'
+        f"<b>Answer, what is learned {'to be likelier' if row.label else 'to be rarer'}</b>"
+        f'<pre class="learned">{answer}</pre></div>'
     )
 
 
 def not_seen(model: str, job: Job | None) -> str:
     if job and job.running:
-        return f'<div class="note" role="status">{esc(job.text or "Loading the tokenizer…")}{bar(None, "Tokenizer")}</div>'
+        return (
+            f'<div class="note" role="status">{esc(job.text or "Loading the tokenizer…")}{bar(None, "Tokenizer")}</div>'
+        )
     if job and job.state == "failed":
         return problem(job.error)
     return (

@@ -21,7 +21,7 @@ SUFFIXES = (*TEXT, ".parquet", *(s + ".gz" for s in TEXT))
 EXAMPLE = "short_answers.jsonl"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?")  # owner/name, perhaps with a configuration
 SPLIT = re.compile(r"[\w.+\-\[\]:%]{1,60}")
-KEEP = 3  # loaded data sets kept in memory
+KEEP = 6  # loaded data sets kept in memory
 
 _loaded: OrderedDict[tuple, object] = OrderedDict()
 _lock = threading.Lock()

@@ -1,0 +1,465 @@
+"""The Data tab: choose a data set, look at it, learn what is wrong with it, see a row as the model does, convert it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import gradio as gr
+
+from kto_core import config, dataset, template
+from kto_core.errors import DataError, KTOError
+from ui import data_jobs, data_view, sources, train_form, views
+from ui.context import Context
+
+QUICK = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+LAST = {**QUICK, "trigger_mode": "always_last"}  # typing: the newest text wins
+SHORT = 0.12  # seconds an action waits for a job before it shows a progress bar instead
+MODEL, MESSAGES = "As the model sees it", "Messages"
+CHOOSE_ROW = """
+const choose = row => row && trigger('select', {index: Number(row.dataset.index)});
+element.addEventListener('click', e => choose(e.target.closest('tr[data-index]')));
+element.addEventListener('keydown', e => {
+  const row = e.target.closest('tr[data-index]');
+  if (!row) return;
+  const next = {ArrowDown: row.nextElementSibling, ArrowUp: row.previousElementSibling}[e.key];
+  if (next) { e.preventDefault(); next.focus(); }
+  if (e.key === 'Enter' || e.key === ' ') { e.preventDefault(); choose(row); }
+});
+"""
+FORMS = [("TRL (prompt, completion, label)", "trl"), ("ChatML (conversations, label)", "chatml")]
+
+
+def build(ctx: Context) -> None:
+    ui = SimpleNamespace()
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=1, min_width=310):
+            _source_controls(ui)
+            _balance_panel(ui)
+            _lengths_panel(ui)
+        with gr.Column(scale=3, min_width=560):
+            ui.facts = gr.HTML("", elem_id="data-facts", show_label=False)
+            with gr.Row(equal_height=True):
+                ui.status = gr.HTML("", elem_id="data-status", show_label=False, scale=6)
+                ui.action = gr.Button("Cancel", visible=False, scale=0, min_width=140, elem_id="data-action")
+            _table_controls(ui)
+            _row_controls(ui)
+            with gr.Row(equal_height=False):
+                _report_panel(ui)
+                _convert_panel(ui)
+    ui.page, ui.seen, ui.told = gr.State(0), gr.State(None), gr.State("")
+    _choosing(ctx, ui)
+    _table_events(ctx, ui)
+    _row_events(ctx, ui)
+    _other_events(ctx, ui)
+
+
+# ---- layout
+
+
+def _source_controls(ui) -> None:
+    first = train_form.first_model()
+    with gr.Column(elem_classes="panel"):
+        gr.HTML("<h3>Data set</h3><p>Answers, each with a thumb up or down.</p>", elem_classes="panel-head")
+        ui.pick = gr.Dropdown(
+            sources.choices(),
+            value=None,
+            label="Choose",
+            info="The example, or a file you have uploaded.",
+            elem_id="data-pick",
+        )
+        ui.upload = gr.File(
+            label="Upload (JSONL, JSON, CSV, Parquet, .gz)",
+            file_types=sorted({*sources.SUFFIXES, ".gz"}),
+            height=112,
+            elem_id="data-upload",
+        )
+        with gr.Accordion("From the Hugging Face Hub", open=False, elem_id="data-hub"):
+            ui.repo = gr.Textbox(
+                label="Data set id", placeholder="owner/name", info="As in its address.", elem_id="data-hub-id"
+            )
+            ui.split = gr.Textbox("train", label="Split", info="For example train or test.", elem_id="data-hub-split")
+            ui.fetch = gr.Button("Load from the Hub", elem_id="data-hub-load")
+        ui.model = gr.Dropdown(
+            _models(),
+            value=first["model"],
+            label="Model",
+            info="Whose tokens are counted, and whose template rows are shown in. Or type a Hub id.",
+            allow_custom_value=True,
+            elem_id="data-model",
+        )
+        ui.limit = gr.Number(
+            first["max_length"],
+            label="Max length",
+            info="In tokens. Longer prompts are cut from the left, answers never.",
+            precision=0,
+            minimum=16,
+            step=64,
+            elem_id="data-max-length",
+        )
+
+
+def _models() -> list[tuple[str, str]]:
+    names: dict[str, None] = {}
+    for values in config.presets().values():
+        names |= dict.fromkeys([values.get("model"), *(values.get("alternatives") or [])])
+    return [("Demo model (SmolLM2 135M)", data_jobs.DEMO), *((n, n) for n in names if n and n != data_jobs.DEMO)]
+
+
+def _balance_panel(ui) -> None:
+    with gr.Column(elem_classes="panel"):
+        ui.balance = gr.HTML("", elem_id="data-balance", show_label=False)
+        ui.use = gr.Button("Use this weight", visible=False, elem_id="data-use-weight")
+
+
+def _lengths_panel(ui) -> None:
+    with gr.Column(elem_classes="panel"):
+        ui.lengths = gr.HTML("", elem_id="data-lengths", show_label=False)
+
+
+def _table_controls(ui) -> None:
+    with gr.Row(equal_height=True, elem_id="data-filters"):
+        ui.search = gr.Textbox(
+            label="Search", placeholder="Any text of a row", info="In all rows, as you type.", scale=3,
+            elem_id="data-search",
+        )  # fmt: skip
+        ui.label = gr.Radio(
+            data_view.FILTERS, value="all", label="Label", info="Which rows to list.", scale=2, elem_id="data-label"
+        )
+    ui.table = gr.HTML("", elem_id="data-table", show_label=False, js_on_load=CHOOSE_ROW)
+    with gr.Row(equal_height=True, elem_id="data-pager"):
+        ui.back = gr.Button("Previous", size="sm", interactive=False, scale=0, min_width=110, elem_id="data-back")
+        ui.number = gr.Number(
+            1, show_label=False, label="Page", precision=0, minimum=1, step=1, scale=0, min_width=90,
+            container=False, elem_id="data-page",
+        )  # fmt: skip
+        ui.forth = gr.Button("Next", size="sm", interactive=False, scale=0, min_width=110, elem_id="data-forth")
+        ui.range = gr.HTML("", elem_id="data-range", show_label=False)
+
+
+def _row_controls(ui) -> None:
+    with gr.Column(elem_classes="panel"):
+        gr.HTML("<h3>One row</h3><p>Choose it in the table, or give its number.</p>", elem_classes="panel-head")
+        with gr.Row(equal_height=True):
+            ui.row = gr.Number(
+                1, label="Row", info="As numbered in the table.", precision=0, minimum=1, step=1, scale=1,
+                min_width=160, elem_id="data-row",
+            )  # fmt: skip
+            ui.view = gr.Radio(
+                [MODEL, MESSAGES], value=MODEL, label="Show", info="With the model's template, or as read.",
+                scale=3, elem_id="data-view",
+            )  # fmt: skip
+        ui.shown = gr.HTML("", elem_id="data-row-view", show_label=False)
+
+
+def _report_panel(ui) -> None:
+    with gr.Column(elem_classes="panel", scale=3, min_width=420):
+        ui.issues = gr.HTML("", elem_id="data-issues", show_label=False)
+        ui.report = gr.DownloadButton("Download report", visible=False, size="md", elem_id="data-report")
+
+
+def _convert_panel(ui) -> None:
+    with gr.Column(elem_classes="panel", scale=2, min_width=280):
+        gr.HTML("<h3>Convert</h3><p>All kept rows as JSONL; nothing is lost either way.</p>", elem_classes="panel-head")
+        ui.form = gr.Radio(FORMS, value="trl", label="Form", info="For other tools.", elem_id="data-form")
+        ui.convert = gr.Button("Convert", interactive=False, elem_id="data-convert")
+        ui.converted = gr.DownloadButton("Download", visible=False, size="md", elem_id="data-converted")
+        ui.converting = gr.HTML("", elem_id="data-converting", show_label=False)
+
+
+# ---- what is shown
+
+
+def _look(data_id: str, model: str, limit, *, wait: bool = True) -> data_jobs.Look:
+    """What is known now; a short read is waited for, so that small files appear at once."""
+    limit = int(limit) if limit and limit >= 16 else None
+    found = data_jobs.look(data_id, model, limit)
+    if wait and found.reading and found.reading.running:
+        found.reading.thread.join(SHORT)
+        found = data_jobs.look(data_id, model, limit)
+    return found
+
+
+def _screen(ui, found: data_jobs.Look, limit, model: str, form: str) -> dict:
+    """Everything but the table and the row."""
+    report, limit = found.report, _limit(limit)
+    out = {ui.seen: _signature(found, form), **_progress(ui, found), **_conversion(ui, found, form)}
+    if report is None:
+        blank = dict.fromkeys((ui.facts, ui.balance, ui.lengths, ui.issues), "")
+        return out | blank | {ui.use: gr.update(visible=False), ui.report: gr.update(visible=False)}
+    file = data_jobs.report_file(found.data_id, model, limit) if report.issues else None
+    weight = data_view.advised(report)
+    return out | {
+        ui.facts: data_view.summary(report),
+        ui.balance: data_view.balance(report),
+        ui.use: gr.update(visible=bool(weight), value=f"Use {weight[0]} {weight[1]:g}" if weight else ""),
+        ui.lengths: _lengths(found, limit, model),
+        ui.issues: data_view.problems(report),
+        ui.report: gr.update(
+            visible=file is not None,
+            value=str(file) if file else None,
+            label=f"Download all {len(report.issues):,} lines ({views.size(file.stat().st_size)})" if file else "",
+        ),
+    }
+
+
+def _lengths(found: data_jobs.Look, limit: int | None, model: str) -> str:
+    report = found.report
+    drawn = data_jobs.chart(report, limit if report.lengths_unit == "tokens" else None)
+    return data_view.lengths(report, limit, model, found.counting, drawn)
+
+
+def _limit(value) -> int | None:
+    return int(value) if value and value >= 16 else None
+
+
+def _signature(found: data_jobs.Look, form: str) -> tuple:
+    job = data_jobs.converted(found.data_id, form)
+    return (*found.signature, form, job.id if job else "", job.state if job else "")
+
+
+def _progress(ui, found: data_jobs.Look) -> dict:
+    """The line under the facts, and the button beside it."""
+    text, button = "", gr.update(visible=False)
+    job = next((j for j in (found.reading, found.counting) if j and j.running), None)
+    if found.problem:
+        text = data_view.problem(found.problem)
+    elif not found.data_id:
+        text = data_view.nothing()
+    elif job:
+        text = data_view.working(job, "Reading" if job is found.reading else "Counting tokens")
+        button = gr.update(visible=True, value="Cancel", variant="stop")
+    elif found.loaded is None and found.reading:
+        failed = found.reading.state == "failed"
+        text = data_view.problem(found.reading.error) if failed else data_view.note(_stopped(found))
+        button = gr.update(visible=True, value="Try again", variant="secondary")
+    elif found.report is not None and found.report.lengths_unit != "tokens" and found.report.kept:
+        text = data_view.note("Lengths are in characters until the tokens are counted.")
+        button = gr.update(visible=True, value="Count tokens", variant="secondary")
+    return {ui.status: text, ui.told: text, ui.action: button}
+
+
+def _stopped(found: data_jobs.Look) -> str:
+    return "Reading was stopped." + (" The table has the first rows only." if found.first else "")
+
+
+def _conversion(ui, found: data_jobs.Look, form: str) -> dict:
+    job = data_jobs.converted(found.data_id, form)
+    running, done = bool(job and job.running), bool(job and job.state == "done" and job.result.is_file())
+    text = data_view.working(job, "Converting") if running else ""
+    if job and job.state == "failed":
+        text = data_view.problem(job.error)
+    value = str(job.result) if done else None
+    label = f"Download {job.result.name} ({views.size(job.result.stat().st_size)})" if done else ""
+    return {
+        ui.convert: gr.update(interactive=found.loaded is not None and not running),
+        ui.converted: gr.update(visible=done, value=value, label=label),
+        ui.converting: text,
+    }
+
+
+def _page(ui, found: data_jobs.Look, page: int, search: str, label: str, row: int | None = None) -> dict:
+    """The table and its pager. ``page`` from 0; beyond the last one it is the last one. ``row`` from 1 is marked."""
+    searched = bool((search or "").strip()) or label != "all"
+    chosen = row - 1 if row else None
+    if found.loaded is None:
+        rows = found.first or []
+        text = f"The first {len(rows)} rows. Search and pages come when all are read." if rows else ""
+        return _pager(ui, data_view.table(rows, len(rows), chosen) if rows else "", 0, 1, text)
+
+    def ask(page: int) -> tuple[list[dict], int]:
+        return dataset.page(found.loaded.rows, page, data_view.PAGE, search or "", data_view.label_of(label))
+
+    rows, total = ask(page)
+    last = max(1, -(-total // data_view.PAGE))
+    if page >= last:
+        page = last - 1
+        rows, total = ask(page)
+    shown = data_view.table(rows, total, chosen, searched)
+    return _pager(ui, shown, page, last, data_view.place(page, data_view.PAGE, total))
+
+
+def _pager(ui, table: str, page: int, last: int, text: str) -> dict:
+    return {
+        ui.table: table,
+        ui.page: page,
+        ui.number: gr.update(value=page + 1, maximum=last),
+        ui.back: gr.update(interactive=page > 0),
+        ui.forth: gr.update(interactive=page < last - 1),
+        ui.range: f'<div class="place">of {last:,}</div>{text}' if text else "",
+    }
+
+
+def _row(ui, found: data_jobs.Look, number, model: str, view: str) -> dict:
+    """One row, ``number`` from 1."""
+    if found.loaded is None or not found.loaded.rows:
+        return {ui.shown: data_view.note("A row can be seen here once a data set is read.")}
+    row = found.loaded.rows[min(max(int(number or 1), 1), len(found.loaded.rows)) - 1]
+    if view == MESSAGES:
+        return {ui.shown: data_view.conversation(row)}
+    if found.tokenizer is None:
+        return {ui.shown: data_view.not_seen(model, found.counting) + data_view.conversation(row)}
+    try:
+        return {ui.shown: data_view.as_seen(row, template.render(row, found.tokenizer))}
+    except KTOError as e:
+        return {ui.shown: data_view.problem(str(e)) + data_view.conversation(row)}
+
+
+# ---- what is done
+
+
+def _choosing(ctx: Context, ui) -> None:
+    asked = [ctx.chosen_data, ui.model, ui.limit, ui.form, ui.view]
+    everything = [v for v in vars(ui).values() if v not in (ui.upload, ui.repo, ui.split, ui.fetch, ui.model, ui.limit)]
+    everything = [v for v in everything if v not in (ui.form, ui.view)]
+
+    def show(data_id: str, model: str, limit, form: str, view: str):
+        """A data set is chosen, or the page opens: from its first row."""
+        found = _look(data_id, model, limit)
+        return {
+            ui.pick: gr.update(choices=_choices(data_id), value=data_id if data_id and not found.problem else None),
+            ui.search: "",
+            ui.label: "all",
+            ui.row: gr.update(value=1, maximum=len(found.loaded.rows) if found.loaded and found.loaded.rows else 1),
+            **_screen(ui, found, limit, model, form),
+            **_page(ui, found, 0, "", "all", 1),
+            **_row(ui, found, 1, model, view),
+        }
+
+    def tick(data_id, model, limit, form, view, page, search, label, row, seen, told):
+        found = _look(data_id, model, limit, wait=False)
+        if _signature(found, form) == seen:
+            progress = _progress(ui, found)
+            if progress[ui.status] == told and not _converting(found, form):
+                return gr.skip()
+            lengths = {ui.lengths: _lengths(found, _limit(limit), model)} if found.report else {}
+            return {**progress, **_conversion(ui, found, form), **lengths}
+        rows = {ui.row: gr.update(maximum=len(found.loaded.rows))} if found.loaded and found.loaded.rows else {}
+        grown = seen is None or found.signature[:4] != tuple(seen[:4])  # else the table has not changed
+        return {
+            **_screen(ui, found, limit, model, form),
+            **(_page(ui, found, page, search, label, row) if grown or found.loaded is None else {}),
+            **_row(ui, found, row, model, view),
+            **rows,
+        }
+
+    def measured(data_id, model, limit, form, view, row):
+        found = _look(data_id, model, limit)
+        return {**_screen(ui, found, limit, model, form), **_row(ui, found, row, model, view)}
+
+    ctx.on_load(show, everything, asked)
+    ctx.chosen_data.change(ctx.guarded(show), asked, everything, **QUICK)
+    ctx.on_tick(tick, everything, [*asked, ui.page, ui.search, ui.label, ui.row, ui.seen, ui.told])
+    ui.pick.input(None, [ui.pick], [ctx.chosen_data], js="x => x", **QUICK)
+    for control in (ui.model.input, ui.limit.input):
+        control(ctx.guarded(measured), [*asked, ui.row], everything, **LAST)
+
+    def uploaded(file: str | None):
+        return None, sources.add_upload(file) if file else gr.skip()
+
+    def fetched(repo: str, split: str):
+        return sources.hub_id(repo or "", split or "")
+
+    ui.upload.upload(ctx.guarded(uploaded), [ui.upload], [ui.upload, ctx.chosen_data], **QUICK)
+    if ctx.chosen_model is not None:  # Train's form has another model or length
+
+        def follow(chosen: dict):
+            return chosen["model"], chosen["max_length"]
+
+        ctx.chosen_model.change(ctx.guarded(follow), [ctx.chosen_model], [ui.model, ui.limit], **QUICK)
+    for event in (ui.fetch.click, ui.repo.submit, ui.split.submit):
+        event(ctx.guarded(fetched), [ui.repo, ui.split], [ctx.chosen_data], **QUICK)
+
+
+def _choices(data_id: str) -> list[tuple[str, str]]:
+    found = sources.choices()
+    if data_id and data_id.startswith("hub:"):
+        found.append((sources.name(data_id), data_id))
+    return found
+
+
+def _converting(found: data_jobs.Look, form: str) -> bool:
+    job = data_jobs.converted(found.data_id, form)
+    return bool(job and job.running)
+
+
+def _table_events(ctx: Context, ui) -> None:
+    asked = [ctx.chosen_data, ui.model, ui.limit, ui.page, ui.search, ui.label, ui.row]
+    shown = [ui.table, ui.page, ui.number, ui.back, ui.forth, ui.range]
+
+    def turn(by: int | None):
+        def turned(data_id, model, limit, page, search, label, row):
+            page = 0 if by is None else max(0, page + by)
+            return _page(ui, _look(data_id, model, limit), page, search, label, row)
+
+        return ctx.guarded(turned)
+
+    def jump(data_id, model, limit, page, search, label, row, number):
+        if not number or number < 1:  # being typed
+            return gr.skip()
+        out = _page(ui, _look(data_id, model, limit), int(number) - 1, search, label, row)
+        if out[ui.page] == int(number) - 1:
+            del out[ui.number]  # leave what is being typed alone
+        return out
+
+    ui.search.input(turn(None), asked, shown, **LAST)
+    ui.label.input(turn(None), asked, shown, **LAST)
+    ui.back.click(turn(-1), asked, shown, **QUICK)
+    ui.forth.click(turn(1), asked, shown, **QUICK)
+    ui.number.input(ctx.guarded(jump), [*asked, ui.number], shown, **LAST)
+
+
+def _row_events(ctx: Context, ui) -> None:
+    asked = [ctx.chosen_data, ui.model, ui.limit, ui.view]
+    table = [ui.page, ui.search, ui.label]
+
+    def chosen(event: gr.SelectData, data_id, model, limit, view, page, search, label):
+        found, number = _look(data_id, model, limit), int(event.index) + 1
+        return {
+            ui.row: number,
+            ui.table: _page(ui, found, page, search, label, number)[ui.table],
+            **_row(ui, found, number, model, view),
+        }
+
+    def typed(data_id, model, limit, view, number):
+        return _row(ui, _look(data_id, model, limit), number, model, view)
+
+    ui.table.select(ctx.guarded(chosen), [*asked, *table], [ui.row, ui.table, ui.shown], **LAST)
+    for control in (ui.row.input, ui.view.input):
+        control(ctx.guarded(typed), [*asked, ui.row], [ui.shown], **LAST)
+
+
+def _other_events(ctx: Context, ui) -> None:
+    asked = [ctx.chosen_data, ui.model, ui.limit, ui.form]
+
+    def act(data_id, model, limit, form):
+        """Cancel what runs, or try again what did not come."""
+        found = data_jobs.look(data_id, model, _limit(limit), start=False)
+        running = next((j for j in (found.reading, found.counting) if j and j.running), None)
+        if running:
+            running.cancel()
+        elif found.loaded is None:
+            data_jobs.read(data_id)
+        else:
+            data_jobs.count(data_id, model, _limit(limit))
+        return _progress(ui, data_jobs.look(data_id, model, _limit(limit), start=False))
+
+    def convert(data_id, model, limit, form):
+        data_jobs.convert(data_id, form).thread.join(SHORT)
+        return _conversion(ui, _look(data_id, model, limit), form)
+
+    def chosen_form(data_id, model, limit, form):
+        return _conversion(ui, _look(data_id, model, limit), form)
+
+    def use(data_id, model, limit, form):
+        report = _look(data_id, model, limit).report
+        weight = data_view.advised(report) if report else None
+        if weight is None:
+            raise DataError("There is nothing to change: both weights stay at 1.")
+        gr.Info(f"{weight[0]} is now {weight[1]:g} in the Train tab.", title="Taken", duration=5)
+        return {"desirable_weight": 1.0, "undesirable_weight": 1.0, weight[0]: weight[1]}
+
+    converted = [ui.convert, ui.converted, ui.converting]
+    ui.action.click(ctx.guarded(act), asked, [ui.status, ui.told, ui.action], **QUICK)
+    ui.convert.click(ctx.guarded(convert), asked, converted, **QUICK)
+    ui.form.input(ctx.guarded(chosen_form), asked, converted, **QUICK)
+    ui.use.click(ctx.guarded(use), asked, [ctx.advice], **QUICK)
