@@ -12,7 +12,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio is i
 import gradio as gr  # noqa: E402
 
 from kto_core import paths  # noqa: E402
-from ui import data_tab, demo_panel, live, sources, train_form, train_tab, views  # noqa: E402
+from ui import chat_tab, data_tab, demo_panel, export_tab, live, sources, train_form, train_tab, views  # noqa: E402
 from ui.context import Context  # noqa: E402
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
