@@ -27,11 +27,14 @@ def sample_groups(planner, count: int = 32) -> list[int]:
     return sizes
 
 
-def limits(engine, groups: list[int], autocast, checkpoint_layers: int | None, longest: int):
+def limits(
+    engine, groups: list[int], autocast, checkpoint_layers: int | None, longest: int, recompute: bool | None = None
+):
     """(token budget, layers to recompute): the fewest layers with which the largest sampled batch fits one pass.
 
     Where it does not fit even with all layers recomputed, the budget is what does (at least the longest row's length
-    if that is possible at all). ``checkpoint_layers`` given: only the budget is chosen.
+    if that is possible at all). ``checkpoint_layers`` given: only the budget is chosen. ``recompute``: layers may be
+    recomputed before passes get smaller; default on a GPU (a CPU has memory, not speed, to spare).
     """
     total = len(engine.layers)
     per_layer, per_input, rest, copies = measure(engine, autocast)
@@ -45,7 +48,9 @@ def limits(engine, groups: list[int], autocast, checkpoint_layers: int | None, l
 
     wanted = max([*groups, longest])
     choices = range(total + 1) if checkpoint_layers is None else [min(checkpoint_layers, total)]
-    if engine.device.type == "cpu" and checkpoint_layers is None:
+    if recompute is None:
+        recompute = engine.device.type != "cpu"
+    if not recompute and checkpoint_layers is None:
         choices = [0, total] if most(0) < longest else [0]
     for layers in choices:
         if most(layers) >= wanted:
