@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from . import attention, tree
+from .step import y_tokens
 
 MEASURED = (64, 192)  # tokens of the measured passes
 SHARE = 0.85  # of the free memory that is planned with; the rest is fragmentation and what was not counted
@@ -15,7 +16,7 @@ RESERVE = {"cuda": 3 * 2**28, "cpu": 2**28}  # logits' chunks, gradients of the 
 
 
 def sample_groups(planner, count: int = 32) -> list[int]:
-    """Packed tokens of some optimizer batches of the first epoch, y' included."""
+    """What some optimizer batches of the first epoch count in a token budget."""
     plan, rows = planner.epoch(0), planner.rows
     sizes = []
     for g in np.unique(np.linspace(0, len(plan) - 1, min(count, len(plan))).astype(int)):
@@ -23,7 +24,7 @@ def sample_groups(planner, count: int = 32) -> list[int]:
         prompts, completions = [rows.prompt[i] for i in own], [rows.completion[i] for i in own]
         order = tree.sorted_by_prefix(prompts, completions, range(len(own)))
         t = tree.build([prompts[i] for i in order], [completions[i] for i in order])
-        sizes.append(len(t) + (int(sum(len(rows.completion[i]) - 1 for i in other)) if planner.kl else 0))
+        sizes.append(len(t) + (sum(y_tokens(len(rows.completion[i])) for i in other) if planner.kl else 0))
     return sizes
 
 

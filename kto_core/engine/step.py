@@ -51,6 +51,11 @@ class Result:
     passes: int
 
 
+def y_tokens(length: int) -> int:
+    """What a y' counts in a token budget: it is run without gradients, one layer's activations at a time."""
+    return length // 2
+
+
 class Engine:
     """Runs tree passes of one model.
 
@@ -145,7 +150,7 @@ class Engine:
         n = len(group.prompts)
         rows = rows or n
         kl = group.borrowed is not None and loss_type == "kto"
-        extra = [len(b) - 1 for b in group.borrowed] if kl else [0] * n
+        extra = [y_tokens(len(b)) for b in group.borrowed] if kl else [0] * n
         order = tree.sorted_by_prefix(group.prompts, group.completions, range(n))
         passes = tree.packs(group.prompts, group.completions, extra, order, self.token_budget)
         loss_of = partial(
