@@ -58,7 +58,7 @@ def build(ctx: Context) -> None:
 
 def _source_controls(ui) -> None:
     first = train_form.first_model()
-    with gr.Column(elem_classes="panel"):
+    with gr.Column(elem_classes="card"):
         gr.HTML("<h3>Data set</h3><p>Answers, each with a thumb up or down.</p>", elem_classes="panel-head")
         ui.pick = gr.Dropdown(
             sources.choices(),
@@ -106,13 +106,13 @@ def _models() -> list[tuple[str, str]]:
 
 
 def _balance_panel(ui) -> None:
-    with gr.Column(elem_classes="panel"):
+    with gr.Column(elem_classes="card"):
         ui.balance = gr.HTML("", elem_id="data-balance", show_label=False)
         ui.use = gr.Button("Use this weight", visible=False, elem_id="data-use-weight")
 
 
 def _lengths_panel(ui) -> None:
-    with gr.Column(elem_classes="panel"):
+    with gr.Column(elem_classes="card"):
         ui.lengths = gr.HTML("", elem_id="data-lengths", show_label=False)
 
 
@@ -137,7 +137,7 @@ def _table_controls(ui) -> None:
 
 
 def _row_controls(ui) -> None:
-    with gr.Column(elem_classes="panel"):
+    with gr.Column(elem_classes="card"):
         gr.HTML("<h3>One row</h3><p>Choose it in the table, or give its number.</p>", elem_classes="panel-head")
         with gr.Row(equal_height=True):
             ui.row = gr.Number(
@@ -152,13 +152,13 @@ def _row_controls(ui) -> None:
 
 
 def _report_panel(ui) -> None:
-    with gr.Column(elem_classes="panel", scale=3, min_width=420):
+    with gr.Column(elem_classes="card", scale=3, min_width=420):
         ui.issues = gr.HTML("", elem_id="data-issues", show_label=False)
         ui.report = gr.DownloadButton("Download report", visible=False, size="md", elem_id="data-report")
 
 
 def _convert_panel(ui) -> None:
-    with gr.Column(elem_classes="panel", scale=2, min_width=280):
+    with gr.Column(elem_classes="card", scale=2, min_width=280):
         gr.HTML("<h3>Convert</h3><p>All kept rows as JSONL; nothing is lost either way.</p>", elem_classes="panel-head")
         ui.form = gr.Radio(FORMS, value="trl", label="Form", info="For other tools.", elem_id="data-form")
         ui.convert = gr.Button("Convert", interactive=False, elem_id="data-convert")

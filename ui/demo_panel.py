@@ -15,10 +15,10 @@ JOB = "Demo "
 
 
 def build(ctx: Context) -> None:
-    with gr.Column(elem_classes="panel", elem_id="demo"):
+    with gr.Column(elem_classes="card", elem_id="demo"):
         with gr.Row(equal_height=True):
             gr.HTML(
-                "<h3>See it work</h3><p>Trains the embedded small model on the example, a few minutes on two CPU cores, "
+                "<h3>See it work</h3><p>Trains the embedded small model on the example, minutes on two CPU cores, "
                 "and shows what it learned. The Train tab has the curves meanwhile.</p>",
                 elem_classes="panel-head",
             )

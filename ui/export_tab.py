@@ -43,7 +43,7 @@ def build(ctx: Context) -> None:
 
 
 def _make_controls():
-    with gr.Column(elem_classes="panel"):
+    with gr.Column(elem_classes="card"):
         gr.HTML(
             "<h3>Make files</h3><p>For llama.cpp, Ollama, LM Studio and other programs.</p>", elem_classes="panel-head"
         )
@@ -62,7 +62,7 @@ def _make_controls():
 
 
 def _check_controls():
-    with gr.Column(elem_classes="panel"):
+    with gr.Column(elem_classes="card"):
         gr.HTML(
             "<h3>Check in llama.cpp</h3><p>Loads the file and answers, as Ollama would.</p>", elem_classes="panel-head"
         )
@@ -74,7 +74,7 @@ def _check_controls():
 
 
 def _download_controls():
-    with gr.Column(elem_classes="panel"):
+    with gr.Column(elem_classes="card"):
         gr.HTML("<h3>Download</h3><p>What was made of this run.</p>", elem_classes="panel-head")
         empty = gr.HTML('<div class="note">Nothing yet. Choose a run, then create GGUF files.</div>', show_label=False)
         files = [
@@ -85,7 +85,7 @@ def _download_controls():
 
 
 def _push_controls():
-    with gr.Column(elem_classes="panel"):
+    with gr.Column(elem_classes="card"):
         gr.HTML(
             "<h3>Push to the Hugging Face Hub</h3><p>With a model card: base, data, settings, metrics.</p>",
             elem_classes="panel-head",

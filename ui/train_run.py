@@ -46,7 +46,7 @@ class Shown:
 
 def build(ctx: Context) -> Shown:
     """Lay out and wire this side."""
-    with gr.Column(elem_classes="panel"):
+    with gr.Column(elem_classes="card"):
         picker = gr.Dropdown(
             [], value=None, label="Run", info="All runs of this machine, newest first.", elem_id="train-run"
         )
@@ -66,7 +66,7 @@ def build(ctx: Context) -> Shown:
     tiles = gr.HTML("", elem_id="train-tiles", show_label=False)
     with gr.Column(visible=False, elem_id="train-plots") as grid:
         plots = [_plot(name) for name in views.CURVES]
-    with gr.Column(elem_classes="panel", elem_id="train-log"):
+    with gr.Column(elem_classes="card", elem_id="train-log"):
         with gr.Row(equal_height=True):
             gr.HTML("<h3>Log</h3>", elem_classes="panel-head")
             download = gr.DownloadButton("Download events", size="sm", visible=False, scale=0, min_width=150,

@@ -37,7 +37,7 @@ def build(ctx: Context) -> None:
 
 def _what(ui) -> None:
     form = train_form.empty()
-    with gr.Column(elem_classes="panel"):
+    with gr.Column(elem_classes="card"):
         gr.HTML("<h3>What to train</h3><p>A preset fits settings to a size of model.</p>", elem_classes="panel-head")
         ui.preset = gr.Radio(
             train_form.preset_choices(),
@@ -68,7 +68,7 @@ def _what(ui) -> None:
 
 
 def _plan(ui) -> None:
-    with gr.Column(elem_classes="panel"):
+    with gr.Column(elem_classes="card"):
         ui.plan = gr.HTML("", elem_id="train-plan", show_label=False)
         ui.changed = gr.HTML("", elem_id="train-changed", show_label=False)
         with gr.Row():
@@ -82,7 +82,7 @@ def _settings(ui) -> None:
     controls = train_form.controls()
     main, more = controls[: len(train_form.MAIN)], controls[len(train_form.MAIN) :]
     ui.values = []
-    with gr.Column(elem_classes="panel"):
+    with gr.Column(elem_classes="card"):
         gr.HTML("<h3>Settings</h3><p>Those that are changed most.</p>", elem_classes="panel-head")
         for pair in zip(main[::2], main[1::2], strict=True):
             with gr.Row(equal_height=True):
