@@ -1,0 +1,131 @@
+"""The whole app in a child process, and a page of Debian's chromium on it, for tests and screenshots."""
+
+import contextlib
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PATIENCE = 60_000  # milliseconds a condition may take on a busy machine
+IGNORED = re.compile(r"ResizeObserver loop|preloaded using link preload|downloadable font")
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@contextlib.contextmanager
+def app(folder: Path, *flags: str, cache: Path | None = None, env: dict | None = None) -> Iterator[str]:
+    """``app.py`` with its own runs, data and (if asked) cache below ``folder``; gives the address it prints."""
+    env = os.environ | {
+        "KTO_STUDIO_RUNS": str(folder / "runs"),
+        "KTO_STUDIO_DATA": str(folder / "data"),
+        "GRADIO_TEMP_DIR": str(folder / "gradio"),
+        "PYTHONUNBUFFERED": "1",
+        "HF_HUB_OFFLINE": "1",
+        **({"KTO_STUDIO_CACHE": str(cache)} if cache else {}),
+        **(env or {}),
+    }
+    command = [sys.executable, "app.py", "--port", str(free_port()), *flags]
+    child = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    said: list[str] = []
+    ready = threading.Event()
+    address: list[str] = []
+
+    def listen() -> None:
+        for line in child.stdout:
+            said.append(line)
+            if found := re.match(r"KTO Studio: (http\S+)", line):
+                address.append(found[1])
+                ready.set()
+        ready.set()
+
+    threading.Thread(target=listen, daemon=True).start()
+    try:
+        assert ready.wait(60) and address, "the app did not start:\n" + "".join(said)
+        yield address[0]
+        problems = [line for line in said if line.startswith("Traceback")]
+        assert not problems, "the app's terminal has a traceback:\n" + "".join(said[-60:])
+    finally:
+        child.terminate()
+        try:
+            child.wait(10)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+
+
+@contextlib.contextmanager
+def chromium() -> Iterator:
+    """A browser without a window."""
+    from playwright.sync_api import sync_playwright
+
+    program = shutil.which("chromium")
+    assert program, "Chromium is missing. On Debian: apt-get install chromium"
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+@contextlib.contextmanager
+def page_of(browser, url: str, *, width: int = 1280, height: int = 900, dark: bool = False) -> Iterator:
+    """A page of the app. Script errors, console errors and requests to other machines fail the test at the end."""
+    problems: list[str] = []
+    context = browser.new_context(
+        viewport={"width": width, "height": height},
+        color_scheme="dark" if dark else "light",
+        accept_downloads=True,
+        reduced_motion="reduce",
+    )
+    context.set_default_timeout(PATIENCE)
+    page = context.new_page()
+    watch(page, url, problems)
+    page.goto(url)
+    page.get_by_role("tab", name="Train").last.wait_for()
+    try:
+        yield page
+        assert not problems, problems
+    finally:
+        context.close()
+
+
+def watch(page, url: str, problems: list[str]) -> None:
+    """Collect what goes wrong in a page."""
+
+    def on_console(message) -> None:
+        if message.type == "error" and not IGNORED.search(message.text):
+            problems.append(f"console: {message.text}")
+
+    def on_request(request) -> None:
+        if not request.url.startswith((url, url.replace("http", "ws", 1), "data:", "blob:")):
+            problems.append(f"request: {request.url}")
+
+    page.on("pageerror", lambda e: problems.append(f"script: {e}"))
+    page.on("console", on_console)
+    page.on("request", on_request)
+
+
+def tab(page, name: str) -> None:
+    page.get_by_role("tab", name=name, exact=True).last.click()  # the first one is Gradio's, for measuring
+
+
+def until(condition, seconds: float = 60.0):
+    """Poll until ``condition()`` is true; its value. For what is not in the page (files, processes)."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if value := condition():
+            return value
+        time.sleep(0.05)
+    raise AssertionError(f"nothing happened within {seconds} s")
