@@ -326,6 +326,13 @@ def test_bad_input_is_refused_in_one_sentence(tmp_path, tokenizer):
         )  # fmt: skip
     with pytest.raises(ModelError, match="LoRA"):
         packed(tmp_path, tokenizer, dataset(8), peft_config=False)
+    for extra in ({"bias": "lora_only"}, {"modules_to_save": ["norm"]}):
+        with pytest.raises(ModelError, match="LoRA layers only"):
+            PackedKTOTrainer(
+                model=oracle.base_model("qwen2"), args=arguments(tmp_path), train_dataset=dataset(8),
+                processing_class=tokenizer,
+                peft_config=LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", **extra),
+            )  # fmt: skip
 
 
 def test_one_label_trains_without_nan(tmp_path, tokenizer):

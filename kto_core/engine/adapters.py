@@ -26,8 +26,11 @@ def check_adapter(model) -> None:
         )
     if not head.weight.dtype.is_floating_point:
         raise ModelError("The packed engine needs an output head that is not quantized. Choose engine `trl`.")
-    if any("modules_to_save" in name for name, p in model.named_parameters() if p.requires_grad):
-        raise ModelError("The packed engine trains LoRA layers only. Remove modules_to_save, or choose engine `trl`.")
+    if others := [n for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n]:
+        raise ModelError(
+            f"The packed engine trains LoRA layers only, and {others[0]} is trainable too. Remove modules_to_save, "
+            "bias and trainable_token_indices from the adapter, or choose engine `trl`."
+        )
 
 
 def keep_weights_trainable(model) -> None:

@@ -43,9 +43,10 @@ def check_head_and_attention(engine, prompt: np.ndarray) -> None:
         raise ModelError(f"The packed engine cannot run this model ({e}). Choose engine `trl`.") from e
     finally:
         engine.model.train(training)
-    difference = float((ours - torch.cat(theirs)).abs().mean())
-    exact = hidden.dtype in (torch.float32, torch.float64)
-    if not difference <= (1e-3 if exact else 0.3):
+    theirs = torch.cat(theirs)
+    difference, spread = float((ours - theirs).abs().mean()), float(theirs.std())
+    # half precision: random weights differ by a tenth of the spread, a wrong mask or position by all of it
+    if not difference <= spread * (1e-3 if hidden.dtype in (torch.float32, torch.float64) else 0.35):
         raise ModelError(
             f"The packed pass does not reproduce this model (log-probabilities differ by {difference:.3g}). "
             "Choose engine `trl`."

@@ -115,6 +115,7 @@ class PackedKTOTrainer(KTOTrainer):
             optimizers=optimizers,
         )
         self.ref_model = None
+        self._is_vision_dataset = self._is_vlm = False
         self.maybe_activation_offload_context = contextlib.nullcontext()
         self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._total_train_tokens = 0
