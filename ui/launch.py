@@ -86,7 +86,6 @@ def build(*, demo: bool = False, public: bool = False) -> gr.Blocks:
         timer = gr.Timer(1.0)
         chosen_data = gr.BrowserState(sources.default(), storage_key="kto-studio-data", secret=BROWSER_KEY)
         chosen_run = gr.BrowserState("", storage_key="kto-studio-run", secret=BROWSER_KEY)
-        advice, chosen_model = gr.State(None), gr.State(train_form.first_model())  # not inside gr.Tabs: they count as tabs
         with gr.Row(elem_id="header"):
             gr.HTML(views.brand())
             status = gr.HTML(views.header_status(None, None), elem_id="header-status")
