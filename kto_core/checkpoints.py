@@ -74,8 +74,8 @@ def seal(folder: Path) -> None:
 def put(part: Path, final: Path) -> None:
     """Rename a complete folder to its place; what was there before goes away afterwards."""
     old = final.with_name(final.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
+    if final.exists():  # else .old may be all there is (see `clean`): it stays until the new one is in its place
+        shutil.rmtree(old, ignore_errors=True)
         os.replace(final, old)
     os.replace(part, final)
     shutil.rmtree(old, ignore_errors=True)
@@ -93,9 +93,13 @@ def rotate(root: Path, limit: int | None) -> list[Path]:
 
 
 def clean(root: Path) -> None:
-    """Remove what a killed writer left."""
+    """Remove what a killed writer left; what was moved away, its successor not yet in its place, comes back."""
+    for old in root.glob("*.old"):
+        if (old / MANIFEST).is_file() and not old.with_suffix("").exists():
+            os.replace(old, old.with_suffix(""))
     for folder in [*root.glob("*.part"), *root.glob("*.old")]:
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.is_dir():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _crc(file: Path) -> int:

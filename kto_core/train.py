@@ -162,6 +162,7 @@ def _train(config: RunConfig, run_dir: Path, events: EventLog, watch: StopWatch)
     root.mkdir(exist_ok=True)
     main = os.environ.get("LOCAL_RANK", "0") == "0"
     if main:
+        checkpoints.clean(run_dir)
         checkpoints.clean(root)
     checkpoint, skipped = checkpoints.newest_whole(root)
     for sentence in skipped:

@@ -93,6 +93,12 @@ class _Studio:
 
     # -- the step --
 
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step >= self.state.max_steps:  # resumed at its end: the loop would train one step more
+            self.control.should_training_stop = True
+            return None
+        return super()._run_epoch(*args, **kwargs)
+
     def training_step(self, *args, **kwargs):
         if self.studio["watch"].now.is_set():
             raise StopNow("Stopped at once; the last checkpoint is the newest saved state.")
