@@ -38,9 +38,9 @@ def build(ctx: Context) -> None:
             _lengths_panel(ui)
         with gr.Column(scale=3, min_width=560):
             ui.facts = gr.HTML("", elem_id="data-facts", show_label=False)
-            with gr.Row(equal_height=True):
-                ui.status = gr.HTML("", elem_id="data-status", show_label=False, scale=6)
-                ui.action = gr.Button("Cancel", visible=False, scale=0, min_width=140, elem_id="data-action")
+            with gr.Row(equal_height=True, elem_id="data-doing"):
+                ui.status = gr.HTML("", visible=False, elem_id="data-status", show_label=False, scale=6)
+                ui.action = gr.Button("Cancel", visible=False, size="sm", scale=0, min_width=140, elem_id="data-action")
             _table_controls(ui)
             _row_controls(ui)
             with gr.Row(equal_height=False):
@@ -68,17 +68,21 @@ def _source_controls(ui) -> None:
             elem_id="data-pick",
         )
         ui.upload = gr.File(
-            label="Upload (JSONL, JSON, CSV, Parquet, .gz)",
+            label="Upload a file",
             file_types=sorted({*sources.SUFFIXES, ".gz"}),
-            height=112,
+            height=128,
             elem_id="data-upload",
+        )
+        gr.HTML(
+            '<p class="card-text">JSONL, JSON, CSV, TSV or Parquet, also as .gz; up to 2 GB.</p>',
+            elem_id="data-upload-help",
         )
         with gr.Accordion("From the Hugging Face Hub", open=False, elem_id="data-hub"):
             ui.repo = gr.Textbox(
                 label="Data set id", placeholder="owner/name", info="As in its address.", elem_id="data-hub-id"
             )
             ui.split = gr.Textbox("train", label="Split", info="For example train or test.", elem_id="data-hub-split")
-            ui.fetch = gr.Button("Load from the Hub", elem_id="data-hub-load")
+            ui.fetch = gr.Button("Load from the Hub", size="md", elem_id="data-hub-load")
         ui.model = gr.Dropdown(
             _models(),
             value=first["model"],
@@ -108,7 +112,7 @@ def _models() -> list[tuple[str, str]]:
 def _balance_panel(ui) -> None:
     with gr.Column(elem_classes="card"):
         ui.balance = gr.HTML("", elem_id="data-balance", show_label=False)
-        ui.use = gr.Button("Use this weight", visible=False, elem_id="data-use-weight")
+        ui.use = gr.Button("Use this weight", visible=False, size="md", elem_id="data-use-weight")
 
 
 def _lengths_panel(ui) -> None:
@@ -161,7 +165,7 @@ def _convert_panel(ui) -> None:
     with gr.Column(elem_classes="card", scale=2, min_width=280):
         gr.HTML("<h3>Convert</h3><p>All kept rows as JSONL; nothing is lost either way.</p>", elem_classes="panel-head")
         ui.form = gr.Radio(FORMS, value="trl", label="Form", info="For other tools.", elem_id="data-form")
-        ui.convert = gr.Button("Convert", interactive=False, elem_id="data-convert")
+        ui.convert = gr.Button("Convert", interactive=False, size="md", elem_id="data-convert")
         ui.converted = gr.DownloadButton("Download", visible=False, size="md", elem_id="data-converted")
         ui.converting = gr.HTML("", elem_id="data-converting", show_label=False)
 
@@ -235,7 +239,7 @@ def _progress(ui, found: data_jobs.Look) -> dict:
     elif found.report is not None and found.report.lengths_unit != "tokens" and found.report.kept:
         text = data_view.note("Lengths are in characters until the tokens are counted.")
         button = gr.update(visible=True, value="Count tokens", variant="secondary")
-    return {ui.status: text, ui.told: text, ui.action: button}
+    return {ui.status: gr.update(value=text, visible=bool(text)), ui.told: text, ui.action: button}
 
 
 def _stopped(found: data_jobs.Look) -> str:
@@ -329,7 +333,7 @@ def _choosing(ctx: Context, ui) -> None:
         found = _look(data_id, model, limit, wait=False)
         if _signature(found, form) == seen:
             progress = _progress(ui, found)
-            if progress[ui.status] == told and not _converting(found, form):
+            if progress[ui.told] == told and not _converting(found, form):
                 return gr.skip()
             lengths = {ui.lengths: _lengths(found, _limit(limit), model)} if found.report else {}
             return {**progress, **_conversion(ui, found, form), **lengths}

@@ -100,7 +100,7 @@ def summary(report: Report) -> str:
 def advised(report: Report) -> tuple[str, float] | None:
     """(field, value) of the weight to change: the rarer label's, in the middle of Eq. 9's range; None if balanced."""
     good, bad = report.desirable, report.undesirable
-    if not good or not bad or 1.0 <= good / bad <= 1.5:
+    if not good or not bad or 1.0 <= round(good / bad, 1) <= 1.5:  # a few rows off the range ask for no change
         return None
     side = "desirable" if good < bad else "undesirable"
     low, high = weight_advice(good, bad)[side]

@@ -90,7 +90,7 @@ def build(*, demo: bool = False, public: bool = False) -> gr.Blocks:
             gr.HTML(views.brand())
             status = gr.HTML(views.header_status(None, None), elem_id="header-status")
         demo_room = gr.Column(elem_id="demo-room") if demo else None
-        advice, model = gr.State(None), gr.State(train_form.first_model())  # not inside gr.Tabs, whose children are counted
+        advice, model = gr.State(None), gr.State(train_form.first_model())  # not inside gr.Tabs: they count as tabs
         with gr.Tabs(elem_id="tabs", selected="data") as tabs:
             ctx = Context(blocks, tabs, timer, chosen_data, chosen_run, advice, model, demo=demo, public=public)
             for name, tab in (("data", data_tab), ("train", train_tab), ("chat", chat_tab), ("export", export_tab)):
