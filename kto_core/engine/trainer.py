@@ -26,6 +26,7 @@ from ..jobs import Progress, no_progress
 from . import memory
 from .adapters import Reference, check_adapter, keep_weights_trainable, trainable
 from .batches import GroupLoader, Planner, longest, planned_pairs
+from .metrics import record
 from .plan import TokenRows
 from .probe import check_head_and_attention
 from .reference import ReferenceCache, ReferenceScores, scorer_key
@@ -305,40 +306,12 @@ class PackedKTOTrainer(KTOTrainer):
             grad = p.grad if p.grad is not None else torch.zeros_like(p)
             p.grad = self.accelerator.reduce(grad, reduction="sum")
 
-    # ---- metrics -----------------------------------------------------------------------------------------------------
-
     def _note(self, results: list, mode: str) -> None:
-        """Append TRL's metrics of one step (one entry a micro-batch with kl_group "microbatch")."""
-        metrics = self._metrics[mode]
-        for group, result in results:
-            total = torch.zeros(13, dtype=torch.float64, device=self.engine.device)
-            if group is not None:
-                rewards = self.beta * (result.logps - group.ref.to(result.logps.dtype))
-                sums = [result.entropy.sum(), result.lengths.sum(), result.lengths.new_tensor(result.tokens)]
-                for chosen in (group.labels, ~group.labels):
-                    sums += [chosen.sum(), rewards[chosen].sum(), result.logps[chosen].sum()]
-                    sums += [result.mean_logits[chosen].sum(), result.lengths[chosen].sum()]
-                total = torch.stack([s.double() for s in sums])
-            if self.accelerator.num_processes > 1:
-                total = self.accelerator.reduce(total, reduction="sum")
-            entropy, scored, tokens, *sides = total.tolist()
-            metrics["kl"].append(float(result.z0 if group is not None else result))
-            metrics["entropy"].append(entropy / max(1.0, scored))
-            if mode == "train":
-                self._total_train_tokens += int(tokens)
-            metrics["num_tokens"] = [self._total_train_tokens]
-            margin = 0.0
-            for name, sign, (rows, reward, logp, logits, length) in (
-                ("chosen", 1, sides[:5]),
-                ("rejected", -1, sides[5:]),
-            ):
-                if rows:
-                    metrics[f"rewards/{name}"].append(reward / rows)
-                    metrics[f"logps/{name}"].append(logp / rows)
-                    metrics[f"logits/{name}"].append(logits / length)
-                    margin += sign * reward / rows
-            if sides[0] and sides[5]:
-                metrics["rewards/margins"].append(margin)
+        reduce = partial(self.accelerator.reduce, reduction="sum") if self.accelerator.num_processes > 1 else None
+        tokens = record(self._metrics[mode], results, self.beta, self.engine.device, reduce)
+        if mode == "train":
+            self._total_train_tokens += tokens
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
 
     def floating_point_ops(self, inputs) -> int:
         return 0  # the batch holds row numbers, which say nothing of the work
