@@ -25,7 +25,10 @@ FAVICON = Path(__file__).with_name("icon.svg")
 def theme() -> gr.themes.Base:
     """Gradio's default theme (good contrast) with our accent, calmer surfaces and one radius."""
     teal = gr.themes.colors.teal
+    weights = (400, 700)  # Gradio's own files of these are whole; its semi-bold ones lack most letters
     return gr.themes.Default(
+        font=[gr.themes.LocalFont("Source Sans Pro", weights=weights), "ui-sans-serif", "system-ui", "sans-serif"],
+        font_mono=[gr.themes.LocalFont("IBM Plex Mono", weights=weights), "ui-monospace", "Consolas", "monospace"],
         primary_hue=teal,
         secondary_hue=teal,
         neutral_hue=gr.themes.colors.zinc,

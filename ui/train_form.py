@@ -61,9 +61,8 @@ def controls() -> list[Control]:
 
 
 def widget(c: Control, value) -> gr.components.Component:
-    """The control of a field; its help is the field's description and range."""
-    info = c.description + (f" Valid: {c.range}." if c.minimum is not None or c.maximum is not None else "")
-    common = {"label": label(c.name), "info": info, "elem_id": f"set-{c.name}", "value": shown(value)}
+    """The control of a field; its help is the field's description. What is valid is said when it is not."""
+    common = {"label": label(c.name), "info": c.description, "elem_id": f"set-{c.name}", "value": shown(value)}
     if c.choices:
         return gr.Dropdown([(str(x).lower(), str(x).lower()) for x in c.choices], filterable=False, **common)
     if c.type is bool:

@@ -125,7 +125,7 @@ def _quick_view(c, look, remarks: str) -> str:
         "Rows a step": f"{c.effective_batch_size:,}",
         "Tokens": f"{about}{sum(lengths):,}",
     }
-    note = "Estimated from what is known of the data. <b>Check the plan</b> counts it exactly." if not tokens else ""
+    note = "Estimated from what is known of the data. A <b>dry run</b> counts it exactly." if not tokens else ""
     return _plan(facts, plan.verdict, plan.predicted_gib, plan.available_gib, plan.advice, note + remarks)
 
 

@@ -34,6 +34,7 @@ class Shown:
     tiles: gr.HTML
     grid: gr.Column
     plots: list[gr.LinePlot]
+    log: gr.Column
     logs: gr.HTML
     download: gr.DownloadButton
     seen: gr.State
@@ -41,7 +42,7 @@ class Shown:
     @property
     def outputs(self) -> list:
         return [self.picker, self.head, self.stop, self.resume, self.chat, self.export, self.delete, self.confirm,
-                self.sure, self.tiles, self.grid, *self.plots, self.logs, self.download, self.seen]  # fmt: skip
+                self.sure, self.tiles, self.grid, *self.plots, self.log, self.logs, self.download, self.seen]  # fmt: skip
 
 
 def build(ctx: Context) -> Shown:
@@ -66,13 +67,13 @@ def build(ctx: Context) -> Shown:
     tiles = gr.HTML("", elem_id="train-tiles", show_label=False)
     with gr.Column(visible=False, elem_id="train-plots") as grid:
         plots = [_plot(name) for name in views.CURVES]
-    with gr.Column(elem_classes="card", elem_id="train-log"):
+    with gr.Column(visible=False, elem_classes="card", elem_id="train-log") as log:
         with gr.Row(equal_height=True):
             gr.HTML("<h3>Log</h3>", elem_classes="panel-head")
             download = gr.DownloadButton("Download events", size="sm", visible=False, scale=0, min_width=150,
                                          elem_id="train-events")  # fmt: skip
         logs = gr.HTML(views.logs(views.RunState()), show_label=False, elem_id="train-logs")
-    shown = Shown(picker, head, stop, resume, chat, export, delete, confirm, sure, tiles, grid, plots, logs, download,
+    shown = Shown(picker, head, stop, resume, chat, export, delete, confirm, sure, tiles, grid, plots, log, logs, download,
                   gr.State(None))  # fmt: skip
     _wire(ctx, shown, yes, no)
     return shown
@@ -128,7 +129,7 @@ def refresh(run_id: str, seen) -> list:
     """Values for `Shown.outputs`; nothing new since ``seen``: all skipped."""
     run = chosen(run_id)
     now = signature(run)
-    count = 14 + len(views.CURVES)
+    count = 15 + len(views.CURVES)
     if now == seen:
         return [gr.skip()] * count
     choices = [(_label(r), r.id) for r in live.listed()]
@@ -137,7 +138,7 @@ def refresh(run_id: str, seen) -> list:
     if run is None:
         plots = [gr.skip()] * len(views.CURVES)
         empty = views.logs(views.RunState())
-        return [picker, views.no_runs(), *[hidden] * 6, "", "", hidden, *plots, empty, hidden, now]
+        return [picker, views.no_runs(), *[hidden] * 6, "", "", hidden, *plots, hidden, empty, hidden, now]
     state = run.state()
     runs_now = state.state in RUNNING
     adapter, usable = bool(run.adapter), bool(run.adapter or state.checkpoints)
@@ -160,6 +161,7 @@ def refresh(run_id: str, seen) -> list:
         views.tiles(state),
         gr.update(visible=bool(state.metrics)),
         *plots,
+        gr.update(visible=True),
         views.logs(state),
         gr.update(visible=events.is_file(), value=str(events)),
         now,

@@ -72,9 +72,9 @@ def _plan(ui) -> None:
         ui.plan = gr.HTML("", elem_id="train-plan", show_label=False)
         ui.changed = gr.HTML("", elem_id="train-changed", show_label=False)
         with gr.Row():
-            ui.start = gr.Button("Start training", variant="primary", scale=2, min_width=150, elem_id="train-start")
-            ui.check = gr.Button("Check the plan", scale=1, min_width=130, elem_id="train-check")
-            ui.reset = gr.Button("Reset", scale=1, min_width=90, interactive=False, elem_id="train-reset")
+            ui.start = gr.Button("Start training", variant="primary", scale=3, min_width=140, elem_id="train-start")
+            ui.check = gr.Button("Dry run", scale=1, min_width=90, elem_id="train-check")
+            ui.reset = gr.Button("Reset", scale=1, min_width=80, interactive=False, elem_id="train-reset")
 
 
 def _settings(ui) -> None:
@@ -89,7 +89,7 @@ def _settings(ui) -> None:
                 ui.values += [train_form.widget(c, train_form.choice(c, getattr(base, c.name))) for c in pair]
     with gr.Accordion("All settings", open=False, elem_id="train-all"):
         for group in dict.fromkeys(c.group for c in more):
-            gr.HTML(f"<h3>{group}</h3>", elem_classes="panel-head")
+            gr.HTML(f"<h3>{group}</h3>", elem_classes="panel-head group-head")
             chosen = [c for c in more if c.group == group]
             for start in range(0, len(chosen), 2):
                 with gr.Row(equal_height=True):
