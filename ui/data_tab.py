@@ -41,11 +41,13 @@ def build(ctx: Context) -> None:
             with gr.Row(equal_height=True, elem_id="data-doing"):
                 ui.status = gr.HTML("", visible=False, elem_id="data-status", show_label=False, scale=6)
                 ui.action = gr.Button("Cancel", visible=False, size="sm", scale=0, min_width=140, elem_id="data-action")
-            _table_controls(ui)
-            _row_controls(ui)
-            with gr.Row(equal_height=False):
-                _report_panel(ui)
-                _convert_panel(ui)
+            with gr.Column(visible=False, min_width=0) as ui.table_room:
+                _table_controls(ui)
+            with gr.Column(visible=False, min_width=0) as ui.row_room:
+                _row_controls(ui)
+                with gr.Row(equal_height=False):
+                    _report_panel(ui)
+                    _convert_panel(ui)
     ui.page, ui.seen, ui.told = gr.State(0), gr.State(None), gr.State("")
     _choosing(ctx, ui)
     _table_events(ctx, ui)
@@ -110,13 +112,13 @@ def _models() -> list[tuple[str, str]]:
 
 
 def _balance_panel(ui) -> None:
-    with gr.Column(elem_classes="card"):
+    with gr.Column(elem_classes="card", visible=False) as ui.balance_card:
         ui.balance = gr.HTML("", elem_id="data-balance", show_label=False)
         ui.use = gr.Button("Use this weight", visible=False, size="md", elem_id="data-use-weight")
 
 
 def _lengths_panel(ui) -> None:
-    with gr.Column(elem_classes="card"):
+    with gr.Column(elem_classes="card", visible=False) as ui.lengths_card:
         ui.lengths = gr.HTML("", elem_id="data-lengths", show_label=False)
 
 
@@ -186,7 +188,10 @@ def _look(data_id: str, model: str, limit, *, wait: bool = True) -> data_jobs.Lo
 def _screen(ui, found: data_jobs.Look, limit, model: str, form: str) -> dict:
     """Everything but the table and the row."""
     report, limit = found.report, _limit(limit)
+    known, rows = report is not None, bool(report and report.kept)
     out = {ui.seen: _signature(found, form), **_progress(ui, found), **_conversion(ui, found, form)}
+    out |= {room: gr.update(visible=known) for room in (ui.balance_card, ui.lengths_card, ui.row_room)}
+    out |= {ui.table_room: gr.update(visible=rows or bool(found.first))}
     if report is None:
         blank = dict.fromkeys((ui.facts, ui.balance, ui.lengths, ui.issues), "")
         return out | blank | {ui.use: gr.update(visible=False), ui.report: gr.update(visible=False)}
