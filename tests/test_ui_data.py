@@ -1,0 +1,205 @@
+"""The Data tab: what it shows (pure), its sources and background work, and the whole of it in a real browser."""
+
+import gzip
+import json
+import threading
+from pathlib import Path
+
+import pytest
+
+from kto_core import dataset, jobs, paths
+from kto_core.errors import DataError, ModelError
+from ui import data_jobs, data_view, sources
+
+EVIL = "<img src=x onerror=window.pwned=1><script>window.pwned=2</script> ${window.pwned=3} {{value}} </pre><b>b</b>"
+
+
+def row(i: int, label: bool, answer: str = "") -> dict:
+    return {"prompt": f"Question {i:03}?", "completion": answer or f"Answer {i:03}.", "label": label}
+
+
+def write(path: Path, rows: list) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def mixed(tmp_path) -> Path:
+    """130 usable rows, 100 of them desirable; one dropped, one duplicate, one conflict, one with HTML."""
+    rows = [row(i, i % 13 < 10) for i in range(126)]
+    rows[3] = row(3, True, EVIL)
+    return write(
+        tmp_path / "mixed.jsonl", [*rows, row(0, True), row(1, False), "{broken", row(200, True), row(201, True)]
+    )
+
+
+@pytest.fixture
+def data_dir(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("KTO_STUDIO_DATA", str(tmp_path / "data"))
+    return paths.data_dir()
+
+
+# ---- what is shown
+
+
+def test_table_escapes_and_marks_the_chosen_row(mixed):
+    rows, total = dataset.page(dataset.load(str(mixed)).rows, 0)
+    shown = data_view.table(rows, total, selected=3)
+    assert len(rows) == data_view.PAGE == 50 and shown.count("data-index=") == 50
+    assert "<script>" not in shown and "<img" not in shown and "&lt;script&gt;" in shown
+    assert 'data-index="3" tabindex="0" aria-selected="true"' in shown and shown.count('aria-selected="true"') == 1
+    assert "No row matches" in data_view.table([], 0, searched=True)
+    assert data_view.place(1, 50, 130) == '<div class="place">51–100 of 130 rows</div>'
+
+
+def test_report_names_reasons_and_lines(mixed):
+    report = dataset.load(str(mixed)).report
+    shown = data_view.problems(report)
+    for text in ("Dropped", "not JSON", "129", "Duplicate", "127 (like line 1)", "Contradiction", "128 (like line 2)"):
+        assert text in shown, text
+    assert "<b>131</b>" not in data_view.summary(report) and "<b>130</b>" in data_view.summary(report)
+    assert "Nothing was dropped" in data_view.problems(dataset.Report())
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "expected"),
+    [(100, 100, None), (150, 100, None), (2284, 2286, None), (0, 5, None), (70, 30, "undesirable_weight"),
+     (30, 70, "desirable_weight"), (1, 1000, "desirable_weight")],
+)  # fmt: skip
+def test_weight_advice_is_inside_equation_9(good, bad, expected):
+    found = data_view.advised(dataset.Report(desirable=good, undesirable=bad))
+    assert (found and found[0]) == expected
+    if found:
+        weights = {"desirable_weight": 1.0, "undesirable_weight": 1.0, found[0]: found[1]}
+        assert 1 <= weights["desirable_weight"] * good / (weights["undesirable_weight"] * bad) <= 1.5 + 1e-9
+        assert f"{good:,} to {bad:,}" in data_view.balance(dataset.Report(desirable=good, undesirable=bad))
+
+
+def test_row_as_the_model_sees_it(demo_model):
+    from kto_core import model, rows, template
+
+    tokenizer = model.load_tokenizer(str(demo_model))
+    parsed = rows.parse({"prompt": "<|im_end|> <b>hi</b>", "completion": EVIL, "label": False}, 7)[0][0]
+    rendered = template.render(parsed, tokenizer)
+    shown = data_view.as_seen(parsed, rendered)
+    assert shown.count('<mark class="token">') == len(rendered.special)
+    assert "&lt;|im_end|&gt; &lt;b&gt;hi" in shown, "a special token that somebody typed is plain text"
+    assert "<script>" not in shown and "<img" not in shown and "Line 7" in shown and "rarer" in shown
+    assert "<script>" not in data_view.conversation(parsed)
+
+
+def test_long_texts_are_cut_in_the_middle_and_that_is_said():
+    text = "a" * 20_000 + "<b>" + "z" * 20_000
+    shown = data_view.clipped(text)
+    assert len(shown) < 13_000 and "28,003 characters are left out" in shown and shown.endswith("z")
+    marked = data_view._marked("x" * 20_000, [(5_998, 6_003), (10_000, 10_001), (19_999, 20_000)])
+    assert marked.count("<mark") == 2 and marked.count("x") >= 12_000
+
+
+def test_lengths_tell_what_the_limit_does(mixed):
+    report = dataset.load(str(mixed)).report
+    drawn = data_view.chart(report, None)
+    assert "in characters" in data_view.lengths(report, 512, "demo", None, drawn) and "Half up to" in drawn
+    report.lengths_unit, report.truncated, report.too_long = "tokens", 3, 1
+    assert "3 prompts are cut and 1 rows are left out" in data_view.lengths(report, 16, "demo", None, drawn)
+    assert 'class="over"' in data_view.chart(report, 16)
+
+
+# ---- sources
+
+
+def test_uploads_are_kept_by_name_and_only_known_kinds(data_dir, tmp_path):
+    first = write(tmp_path / "in" / "my rows.jsonl", [row(1, True)])
+    assert sources.add_upload(str(first)) == "file:my_rows.jsonl" == sources.add_upload(str(first))
+    second = write(tmp_path / "in2" / "my rows.jsonl", [row(2, True)])
+    assert sources.add_upload(str(second)) == "file:my_rows-2.jsonl"
+    packed = tmp_path / "x.jsonl.gz"
+    packed.write_bytes(gzip.compress(first.read_bytes()))
+    assert sources.add_upload(str(packed)) == "file:x.jsonl.gz"
+    assert len(sources.load("file:x.jsonl.gz").rows) == 1
+    with pytest.raises(DataError, match="only .jsonl"):
+        sources.add_upload(str(write(tmp_path / "a.py", ["x"])))
+    assert {"file:my_rows.jsonl", "file:x.jsonl.gz"} <= {i for _, i in sources.choices()}
+
+
+@pytest.mark.parametrize(
+    "data_id",
+    ["file:../secret.jsonl", "file:/etc/passwd", "example:../README.md", "hub:../x.jsonl@train", "hub:examples@train",
+     "hub:ui/launch.py@train", "hub:/etc/passwd@train", "other:x", "file:", "", "x", "file:..", "hub:a/b@tr ain/../x"],
+)  # fmt: skip
+def test_a_page_cannot_name_a_path(data_dir, tmp_path, data_id):
+    write(tmp_path / "secret.jsonl", [row(1, True)])
+    data_dir.mkdir(parents=True, exist_ok=True)
+    with pytest.raises(DataError):
+        sources.locate(data_id)
+    found = data_jobs.look(data_id, "demo", 512)
+    assert found.loaded is None and found.reading is None
+
+
+def test_only_hub_names_are_models(data_dir, mixed, tmp_path):
+    data_id = sources.add_upload(str(mixed))
+    sources.load(data_id)
+    for name in (str(tmp_path), "../x/y", "/etc", "", "examples"):
+        with pytest.raises(ModelError, match="owner/name"):
+            data_jobs.count(data_id, name, 512)
+
+
+# ---- background work
+
+
+def wait(job: jobs.Job) -> jobs.Job:
+    job.thread.join(60)
+    assert not job.running
+    return job
+
+
+def test_reading_counting_and_converting(data_dir, mixed, demo_model):
+    data_id = sources.add_upload(str(mixed))
+    assert data_jobs.look(data_id, "demo", 32, start=False).reading is None
+    found = data_jobs.look(data_id, "demo", 32)
+    assert wait(found.reading).state == "done"
+    found = data_jobs.look(data_id, "demo", 32, start=False)
+    assert found.report.kept == 130 and found.report.lengths_unit == "characters"
+    assert data_jobs.report_file(data_id, "demo", 32).read_text().count("\n") == 1 + len(found.report.issues)
+    assert wait(data_jobs.look(data_id, "demo", 32).counting).state == "done"
+    counted = data_jobs.look(data_id, "demo", 32)
+    assert counted.report.lengths_unit == "tokens" and counted.tokenizer is not None
+    assert counted.signature != found.signature, "an open page sees that there is news"
+    assert counted.report.truncated + counted.report.too_long > 0
+    both = [wait(data_jobs.convert(data_id, form)).result for form in ("trl", "chatml")]
+    first, second = (dataset.load(str(p)) for p in both)
+    assert len(first.rows) == len(second.rows) == 130
+    assert all(
+        a.prompt == b.prompt and a.completion == b.completion for a, b in zip(first.rows, second.rows, strict=True)
+    )
+
+
+def test_reading_fails_in_a_sentence_and_can_be_tried_again(data_dir):
+    data_id = f"file:{write(data_dir / 'bad.parquet', ['no parquet']).name}"
+    job = wait(data_jobs.look(data_id, "demo", 512).reading)
+    assert job.state == "failed" and "bad.parquet" in job.error
+    assert data_jobs.look(data_id, "demo", 512).reading is job, "not tried again by itself"
+    assert data_jobs.read(data_id) is not job
+
+
+def test_a_big_file_shows_its_first_page_and_can_be_cancelled(data_dir, monkeypatch):
+    monkeypatch.setattr(data_jobs, "BIG", 1000)
+    data_id = f"file:{write(data_dir / 'big.jsonl', [row(i, i % 2 == 0) for i in range(20_000)]).name}"
+    there, go = threading.Event(), threading.Event()
+    load = sources.load
+
+    def slow(data_id, progress, cancel):
+        there.set()
+        assert go.wait(30)
+        return load(data_id, progress, cancel)
+
+    monkeypatch.setattr(sources, "load", slow)
+    job = data_jobs.look(data_id, "demo", 512).reading
+    assert there.wait(30)
+    found = data_jobs.look(data_id, "demo", 512)
+    assert found.loaded is None and len(found.first) == 50 and found.first[0]["prompt"] == "Question 000?"
+    job.cancel()
+    go.set()
+    assert wait(job).state == "cancelled"
+    assert data_jobs.look(data_id, "demo", 512).loaded is None, "it stays cancelled until asked again"
