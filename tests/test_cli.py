@@ -355,3 +355,15 @@ def test_progress_line():
     )
     assert progress_line({"step": 3}, 0) == "step 3/?"
     assert RunState().state == "preparing"
+
+
+def test_cache_is_shown_and_cleared(tmp_path, monkeypatch, capsys):
+    from kto_core.cli import main
+    from kto_core.engine.reference import folder
+
+    monkeypatch.setenv("KTO_STUDIO_CACHE", str(tmp_path))
+    folder().mkdir(parents=True)
+    (folder() / "logps.sqlite").write_bytes(b"x" * 5000)
+    assert main(["cache", "--json"]) == 0 and json.loads(capsys.readouterr().out)["bytes"] == 5000
+    assert main(["cache", "--clear", "--json"]) == 0 and json.loads(capsys.readouterr().out)["freed_bytes"] == 5000
+    assert main(["cache"]) == 0 and capsys.readouterr().out.startswith("0.0 MB")

@@ -1,4 +1,4 @@
-"""``evaluate``, ``demo`` and ``doctor``: does it work, and is it better?"""
+"""``evaluate``, ``demo``, ``doctor`` and ``cache``: does it work, is it better, what does it keep?"""
 
 from __future__ import annotations
 
@@ -37,6 +37,16 @@ def add(commands: argparse._SubParsersAction, argv: list[str]) -> None:
     )
     output.add_json(doctor)
     doctor.set_defaults(run=run_doctor)
+
+    cache = commands.add_parser(
+        "cache",
+        help="size of the reference log-probs kept on disk; --clear deletes them",
+        description="Reference log-probs that the packed engine keeps, so that a second run on the same rows does not "
+        "compute them again.",
+    )
+    cache.add_argument("--clear", action="store_true", help="delete them")
+    output.add_json(cache)
+    cache.set_defaults(run=run_cache)
 
 
 def run_evaluate(args: argparse.Namespace) -> int:
@@ -87,6 +97,18 @@ def run_doctor(args: argparse.Namespace) -> int:
     if not ok:
         output.say("Problems: " + ", ".join(c.name for c in checks if c.ok is False))
     return output.OK if ok else output.FAILED
+
+
+def run_cache(args: argparse.Namespace) -> int:
+    from kto_core import engine
+    from kto_core.engine.reference import folder
+
+    size = engine.clear_cache() if args.clear else engine.cache_size()
+    if args.json:
+        output.emit({"folder": str(folder()), "freed_bytes" if args.clear else "bytes": size})
+    else:
+        output.show(f"{'Freed ' if args.clear else ''}{size / 1e6:,.1f} MB in {folder()}")
+    return output.OK
 
 
 def _check_line(check) -> str:
