@@ -77,11 +77,18 @@ def read(path: str | os.PathLike, offset: int = 0) -> tuple[list[dict], int]:
     for line in data[:end].splitlines():
         try:
             event = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(event, dict) and "kind" in event:
+        if _is_event(event):
             events.append(event)
     return events, offset + end
+
+
+def _is_event(event) -> bool:
+    """Of the right types; numbers that are none would break every reader."""
+    if not isinstance(event, dict) or not isinstance(event.get("kind"), str):
+        return False
+    return all(isinstance(event.get(name) or 0, int | float) for name in ("t", "step", "resumed_from"))
 
 
 @dataclass

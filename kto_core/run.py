@@ -16,10 +16,11 @@ import secrets
 import shutil
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import alive, checkpoints
+from . import alive, checkpoints, run_queue
 from .errors import BusyError, DiskError, RunError
 from .events import EventLog, RunState, fold, read
 from .paths import runs_dir
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from .config import Resolved
 
 ELSEWHERE = "elsewhere.json"  # in the runs folder: run folders that lie outside it
-OURS = ("events.jsonl", "dataset.json", "stop", "train.log", "worker.log")
+OURS = ("waiting", "events.jsonl", "dataset.json", "stop", "train.log", "worker.log")
 
 
 @dataclasses.dataclass
@@ -120,11 +121,12 @@ class Run:
         try:
             if not self._catch_up(known).terminal:
                 at = f"after step {known.state.step:,}" if known.state.step else "before the first step"
-                with contextlib.suppress(OSError):
-                    EventLog(self.path / "events.jsonl").status(
-                        "interrupted", message=f"Interrupted {at}: {reason} Resume goes on."
-                    )
-                known.state.state = "interrupted"
+                message = f"Interrupted {at}: {reason} Resume goes on."
+                try:
+                    EventLog(self.path / "events.jsonl").status("interrupted", message=message)
+                except OSError as e:  # shown all the same; who looks when there is room again writes it down
+                    message = f"Interrupted {at}: its folder cannot be written ({e.strerror}). Mend that, then resume."
+                known.state.state, known.state.message = "interrupted", message
         finally:
             alive.release(self.path)
 
@@ -135,9 +137,10 @@ class Run:
     def dataset(self) -> dict:
         """The run's dataset.json, or {} before it is written."""
         try:
-            return json.loads((self.path / "dataset.json").read_text(encoding="utf-8"))
+            facts = json.loads((self.path / "dataset.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
+        return facts if isinstance(facts, dict) else {}
 
     def checkpoints(self) -> list[Path]:
         """Folders of the checkpoints that were written to their end, oldest first."""
@@ -219,8 +222,23 @@ def find(name: str) -> Run:
 
 
 def active() -> Run | None:
-    """The run that trains now, in this process or another one."""
-    return next((run for run in list_runs() if run.alive()), None)
+    """The run that trains now, in this process or another one; else the first of those that wait for their turn."""
+    return _first(run for run in list_runs() if run.alive())
+
+
+def _first(alive_runs: Iterable[Run]) -> Run | None:
+    """Who trains comes before who waits, who waits longer before the others."""
+    return min(alive_runs, key=lambda run: run_queue.since(run.path) or 0, default=None)
+
+
+def _blocker(waiting: Run) -> str:
+    """What has to end before a waiting run begins, or ""."""
+    from .hardware import owner
+
+    other = _first(run for run in list_runs() if run == waiting or run.alive())
+    if other is not None and other != waiting:
+        return f"run {other.id} comes first."
+    return holder.sentence() if (holder := owner()) is not None else ""
 
 
 def _elsewhere() -> list[Path]:
@@ -296,11 +314,12 @@ def _make_way(old: Run) -> None:
         (old.path / name).unlink(missing_ok=True)
 
 
-def start(run: Run, *, block: bool = False) -> None:
+def start(run: Run, *, block: bool = False, queue: bool = False) -> None:
     """Train ``run`` in the background (a thread, or its own process as configured); goes on from its checkpoints.
 
     Args:
         block: return when it has ended.
+        queue: wait for what trains now (in state ``preparing``, as long as this process lives) instead of BusyError.
 
     Raises:
         BusyError: a run trains already, or something else owns the GPU.
@@ -309,16 +328,20 @@ def start(run: Run, *, block: bool = False) -> None:
     from .hardware import owner
 
     config = run.config().config
-    if (other := active()) is not None:
+    if (other := active()) is not None and (other == run or not queue):
         raise BusyError(f"Run {other.id} is training. Stop it or wait for its end, then start this one.")
-    if (holder := owner()) is not None:
+    if (holder := owner()) is not None and not queue:
         raise BusyError(holder.sentence())
     alive.acquire(run.path, run.id)
     try:
         (run.path / "stop").unlink(missing_ok=True)
+        run_queue.leave(run.path)  # of a process that died while it waited
         EventLog(run.path / "events.jsonl").status("preparing", message="Starting.")
         worker = in_process if config.worker == "process" or config.needs_process else in_thread
-        thread = worker(run, config)
+        if other or holder:
+            thread = run_queue.begin_later(run, lambda: _blocker(run), lambda: worker(run, config))
+        else:
+            thread = worker(run, config)
     except BaseException as e:
         with contextlib.suppress(OSError):
             EventLog(run.path / "events.jsonl").status("failed", message=f"It could not be started: {e}")
@@ -330,8 +353,10 @@ def start(run: Run, *, block: bool = False) -> None:
         thread.join()
 
 
-def resume(run: Run, *, block: bool = False) -> Run:
+def resume(run: Run, *, block: bool = False, queue: bool = False) -> Run:
     """Go on with a stopped, failed or interrupted run from its newest whole checkpoint (or from the start).
+
+    A finished run whose adapter was lost or damaged gets it again from its last checkpoint.
 
     Raises:
         BusyError: see `start`.
@@ -340,7 +365,8 @@ def resume(run: Run, *, block: bool = False) -> Run:
     if run.alive():
         raise BusyError(f"Run {run.id} is being trained already.")
     state = run.state()
-    if state.state == "finished" and state.step >= state.total_steps:
+    whole = run.adapter is not None and not checkpoints.problem(run.adapter)
+    if state.state == "finished" and state.step >= state.total_steps and whole:
         raise RunError(f"Run {run.id} has finished all {state.total_steps:,} steps. Start a new run to train more.")
-    start(run, block=block)
+    start(run, block=block, queue=queue)
     return run

@@ -124,7 +124,7 @@ def write_dataset_json(data: Planned, config: RunConfig, run_dir: Path, *, resum
             before = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             before = {}
-        if before.get("order_sha256", order) != order:
+        if isinstance(before, dict) and before.get("order_sha256", order) != order:
             raise DataError(
                 f"{config.data} is not what this run began with (its rows or the model's template changed), so it "
                 "cannot be resumed. Bring the old data back, or start a new run."

@@ -3,6 +3,8 @@
 The moment is seen by an audit hook in the child (files it opens, renames, deletes), so the product has no test code.
 """
 
+import atexit
+import functools
 import json
 import os
 import re
@@ -37,7 +39,7 @@ MOMENTS = {
 
 def arm(moment: str, action: str = "kill", run_dir: str = "") -> None:
     """Kill this process (or ask the run to stop) at the moment."""
-    event, pattern, nth, later = MOMENTS[moment]
+    event, pattern, nth, later = (MOMENTS | {"the fifth metric": ("metric", "", 5, 0)})[moment]
     seen = 0
 
     def act() -> None:
@@ -106,8 +108,16 @@ class Trainings:
         return int(self.server.stdout.readline())
 
     def close(self) -> None:
-        self.server.stdin.close()
-        self.server.wait(20)
+        self.server.kill()  # its child, if there is one, ends by itself
+        self.server.communicate()
+
+
+@functools.cache
+def trainings() -> Trainings:
+    """One server for all tests of a session."""
+    server = Trainings()
+    atexit.register(server.close)
+    return server
 
 
 def serve() -> None:

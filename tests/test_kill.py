@@ -6,7 +6,7 @@ import signal
 import time
 
 import pytest
-from kills import MOMENTS, Trainings, trainer_pid
+from kills import MOMENTS, trainer_pid, trainings
 from training import make_data, make_tiny, metrics, resolved, wait
 
 from kto_core import checkpoints
@@ -26,13 +26,6 @@ def data(tmp_path_factory):
     return make_data(tmp_path_factory.mktemp("data") / "rows.jsonl", rows=30)
 
 
-@pytest.fixture(scope="module")
-def trainings():
-    server = Trainings()
-    yield server
-    server.close()
-
-
 def difference(one, other) -> float:
     """Largest difference of any metric of any step; the steps and names must agree."""
     a, b = metrics(one), metrics(other)
@@ -49,9 +42,10 @@ def require_whole(run) -> None:
 
 
 @pytest.mark.parametrize("engine", ["trl", "packed"])
-def test_killed_at_every_named_moment(tiny, data, trainings, engine):
+def test_killed_at_every_named_moment(tiny, data, engine):
+    train = trainings().run
     whole = runs.create(resolved(tiny, data, **QUICK, engine=engine))
-    assert trainings.run(whole.path) == 0 and whole.state().state == "finished", whole.state().error
+    assert train(whole.path) == 0 and whole.state().state == "finished", whole.state().error
 
     run = runs.create(resolved(tiny, data, **QUICK, engine=engine))
     stopped = False
@@ -59,7 +53,7 @@ def test_killed_at_every_named_moment(tiny, data, trainings, engine):
         if moment.startswith("the adapter is moved") and not stopped:  # an adapter must be there to be replaced
             assert run.adapter is None
         before = run.state().checkpoints
-        assert trainings.run(run.path, moment) == -9, f"not reached: {moment}"
+        assert train(run.path, moment) == -9, f"not reached: {moment}"
         state = run.state()
         assert state.state == "interrupted", (moment, state.message)
         assert ("after step" if state.step else "before the first step") in state.message
@@ -69,11 +63,11 @@ def test_killed_at_every_named_moment(tiny, data, trainings, engine):
             assert run.checkpoints(), moment
         if moment == "an old checkpoint is deleted":
             stopped = True
-            assert trainings.run(run.path, "in a step", "stop") == 0
+            assert train(run.path, "in a step", "stop") == 0
             assert run.state().state == "stopped" and run.adapter
         if stopped:
             assert run.adapter, moment
-    assert trainings.run(run.path) == 0
+    assert train(run.path) == 0
     assert run.state().state == "finished", run.state().error
     assert difference(whole.path, run.path) <= 1e-6
     assert not [p for p in run.path.rglob("*") if p.name.endswith((".part", ".old"))]
