@@ -42,7 +42,8 @@ class Shown:
     @property
     def outputs(self) -> list:
         return [self.picker, self.head, self.stop, self.resume, self.chat, self.export, self.delete, self.confirm,
-                self.sure, self.tiles, self.grid, *self.plots, self.log, self.logs, self.download, self.seen]  # fmt: skip
+                self.sure, self.tiles, self.grid, *self.plots, self.log, self.logs, self.download,
+                self.seen]  # fmt: skip
 
 
 def build(ctx: Context) -> Shown:
@@ -73,8 +74,8 @@ def build(ctx: Context) -> Shown:
             download = gr.DownloadButton("Download events", size="sm", visible=False, scale=0, min_width=150,
                                          elem_id="train-events")  # fmt: skip
         logs = gr.HTML(views.logs(views.RunState()), show_label=False, elem_id="train-logs")
-    shown = Shown(picker, head, stop, resume, chat, export, delete, confirm, sure, tiles, grid, plots, log, logs, download,
-                  gr.State(None))  # fmt: skip
+    shown = Shown(picker, head, stop, resume, chat, export, delete, confirm, sure, tiles, grid, plots, log, logs,
+                  download, gr.State(None))  # fmt: skip
     _wire(ctx, shown, yes, no)
     return shown
 
@@ -87,9 +88,10 @@ def _plot(name: str) -> gr.LinePlot:
         y="value",
         color="series",
         color_map={s: views.COLORS[s] for s in series.values()},
-        x_title="",
-        y_title="",
+        x_title=" ",  # else the column's name
+        y_title=" ",
         color_title="",
+        colors_in_legend=[] if len(series) == 1 else None,
         tooltip="all",
         height=HEIGHT,
         label=title,
@@ -97,7 +99,7 @@ def _plot(name: str) -> gr.LinePlot:
         buttons=["fullscreen"],
         y_axis_format=".1e" if name == "learning_rate" else None,
         elem_id=f"plot-{name}",
-        elem_classes="plot one" if len(series) == 1 else "plot",
+        elem_classes="plot",
     )
 
 
@@ -238,6 +240,7 @@ def _wire(ctx: Context, shown: Shown, yes: gr.Button, no: gr.Button) -> None:
     ctx.on_load(opened, outputs, [ctx.chosen_run])
     chosen_too = [ctx.chosen_run, *outputs]
     shown.picker.input(ctx.guarded(pick), [shown.picker], chosen_too, **QUICK)
+    shown.stop.click(None, None, [shown.stop], js="() => 'Stopping…'", queue=False)  # answers before the server does
     shown.stop.click(ctx.guarded(stop), [shown.picker], outputs, **QUICK)
     shown.resume.click(ctx.guarded(resume), [shown.picker], chosen_too, trigger_mode="once", **QUICK)
     shown.delete.click(ctx.guarded(ask), [shown.picker], [shown.confirm, shown.sure], **QUICK)

@@ -13,6 +13,7 @@ from ui import data_jobs, live, sources, train_form, train_plan, train_run
 from ui.context import Context
 from ui.train_run import QUICK
 
+START = "Start training"
 LAST = {**QUICK, "trigger_mode": "always_last"}  # typing: the newest value wins
 
 
@@ -72,7 +73,7 @@ def _plan(ui) -> None:
         ui.plan = gr.HTML("", elem_id="train-plan", show_label=False)
         ui.changed = gr.HTML("", elem_id="train-changed", show_label=False)
         with gr.Row():
-            ui.start = gr.Button("Start training", variant="primary", scale=3, min_width=140, elem_id="train-start")
+            ui.start = gr.Button(START, variant="primary", scale=3, min_width=140, elem_id="train-start")
             ui.check = gr.Button("Dry run", scale=1, min_width=90, elem_id="train-check")
             ui.reset = gr.Button("Reset", scale=1, min_width=80, interactive=False, elem_id="train-reset")
 
@@ -234,7 +235,8 @@ def _start_events(ctx: Context, ui, shown: train_run.Shown) -> None:
         train_plan.begin(form, data_id)
         return train_plan.view(form, data_id)
 
+    ui.start.click(None, None, [ui.start], js="() => 'Starting…'", queue=False)  # answers before the server does
     ui.start.click(
         ctx.guarded(start), [ctx.chosen_data, *typed], [ctx.chosen_run, *shown.outputs], trigger_mode="once", **QUICK
-    )
+    ).then(lambda: START, None, [ui.start], **QUICK)
     ui.check.click(ctx.guarded(check), [ctx.chosen_data, *typed], [ui.plan], **QUICK)
