@@ -128,11 +128,10 @@ def _merge_layers(tuned, dtype) -> tuple[int, float]:
             layer.merge(safe_merge=True)
         except ValueError as e:
             raise ExportError(f"The adapter has values that are not finite ({name}): training diverged.") from e
-        wanted = weight.data - before.float()
+        wanted = (weight.data - before.float()).flatten()
         rounded = round_to(weight.data, dtype, generator if on_grid and before.dtype == dtype else None)
-        change = rounded.float() - before.float()
-        projected += float((change.double() * wanted.double()).sum())
-        size += float((wanted.double() ** 2).sum())
+        projected += float(torch.dot((rounded.float() - before.float()).flatten(), wanted))
+        size += float(torch.dot(wanted, wanted))
         weight.data = rounded
     return len(layers), (projected / size if size else 1.0)
 

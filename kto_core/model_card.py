@@ -1,0 +1,156 @@
+"""The model card of an upload (README.md): base, data, settings, metrics, lineage. The licence is left to the user."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from pathlib import Path
+
+from .hub import TAG
+from .model import public_name
+from .model_files import HUB_ID
+
+SETTINGS = ("loss_type", "beta", "desirable_weight", "undesirable_weight", "learning_rate", "lr_scheduler_type",
+            "warmup_ratio", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs",
+            "max_steps", "max_length", "optim", "weight_decay", "r", "lora_alpha", "lora_dropout", "target_modules",
+            "load_in_4bit", "kl_group", "engine", "seed")  # fmt: skip
+METRICS = ("loss", "kl", "rewards/chosen", "rewards/rejected", "rewards/margins", "eval_loss", "eval_kl",
+           "eval_rewards/chosen", "eval_rewards/rejected", "eval_rewards/margins", "eval_auc")  # fmt: skip
+PACKAGES = ("trl", "peft", "transformers", "torch")
+
+
+def base_name(model: str) -> str:
+    """The base's name for others: a Hub id as it is, of a folder only its last part (paths stay private)."""
+    name = public_name(model)
+    return name if HUB_ID.match(name) and not Path(model).expanduser().is_dir() else Path(name).name
+
+
+def write(run, repo: str, what: list[str], *, adapter_sha256: str, files: list[str], dtype: str = "") -> str:
+    """Text of the card.
+
+    Args:
+        run: a `run.Run`. what: of "adapter", "merged", "gguf". files: paths in the repository.
+        dtype: of the merged weights, if there are any.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    config = run.config().config
+    base = base_name(config.model)
+    on_hub = bool(HUB_ID.match(base))
+    data = run.dataset()
+    source = str(data.get("source", ""))
+    hub_data = source.split(":")[0] if HUB_ID.match(source.split(":")[0]) and not Path(source).exists() else ""
+    library = "transformers" if "merged" in what else "peft" if "adapter" in what else "gguf"
+    card_data = ModelCardData(
+        base_model=base if on_hub else None,
+        library_name=library,
+        pipeline_tag="text-generation",
+        tags=[
+            "kto",
+            "trl",
+            TAG,
+            *(["lora", "peft"] if "adapter" in what else []),
+            *(["gguf"] if "gguf" in what else []),
+        ],
+        datasets=[hub_data] if hub_data else None,
+    )
+    if on_hub:
+        card_data.base_model_relation = "adapter" if what == ["adapter"] else "finetune"
+    state = run.state()
+    body = [
+        f"# {repo.split('/')[-1]}",
+        f"{_link(base) if on_hub else base}, trained with KTO (Kahneman-Tversky Optimization, arXiv 2402.01306) on "
+        "answers marked good or bad.",
+        "## Use",
+        _use(repo, base, what, files),
+        "## Data",
+        _data(data, source, hub_data),
+        "## Settings",
+        _table([(name, getattr(config, name)) for name in SETTINGS]),
+        "## Metrics",
+        _metrics(state),
+        "## Lineage",
+        _lineage(run, base, adapter_sha256, what, dtype),
+        "## Licence",
+        "Not stated here. The base model's licence and the data's terms apply; add yours to this card's header.",
+    ]
+    return str(ModelCard(f"---\n{card_data.to_yaml()}\n---\n\n" + "\n\n".join(body) + "\n"))
+
+
+def _link(name: str) -> str:
+    return f"[{name}](https://huggingface.co/{name})"
+
+
+def _use(repo: str, base: str, what: list[str], files: list[str]) -> str:
+    parts = []
+    if "merged" in what:
+        parts.append(
+            "```python\nfrom transformers import pipeline\n\n"
+            f'chat = pipeline("text-generation", "{repo}")\n'
+            'print(chat([{"role": "user", "content": "Hello"}])[0]["generated_text"][-1]["content"])\n```'
+        )
+    if "adapter" in what:
+        folder = next((f.rpartition("/")[0] for f in files if f.endswith("adapter_config.json")), "")
+        inner = f', subfolder="{folder}"' if folder else ""
+        parts.append(
+            "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+            f'base = AutoModelForCausalLM.from_pretrained("{base}")\n'
+            f'model = PeftModel.from_pretrained(base, "{repo}"{inner})\n```'
+        )
+    if "gguf" in what:
+        names = [f for f in files if f.endswith(".gguf")]
+        parts.append(
+            "GGUF files for llama.cpp, Ollama and LM Studio: "
+            + ", ".join(f"`{n}`" for n in names)
+            + f".\n\n```\nllama-cli -hf {repo}\n```"
+        )
+    return "\n\n".join(parts)
+
+
+def _data(data: dict, source: str, hub_data: str) -> str:
+    if not data:
+        return "Not recorded."
+    report, train, test = data.get("report") or {}, data.get("train") or {}, data.get("test") or {}
+    name = _link(f"datasets/{hub_data}") if hub_data else f"`{Path(source).name}`" if source else "Not recorded"
+    rows = [
+        ("source", name),
+        ("sha256", data.get("sha256")),
+        ("rows read", report.get("rows")),
+        ("rows kept", report.get("kept")),
+        ("trained on", _count(train)),
+        ("held out", _count(test)),
+        ("prompts cut to fit", data.get("truncated")),
+        ("left out as too long", data.get("too_long")),
+    ]
+    return _table([r for r in rows if r[1] not in (None, "")])
+
+
+def _count(part: dict) -> str:
+    if not part.get("rows"):
+        return ""
+    return f"{part['rows']:,} ({part.get('desirable', 0):,} desirable, {part.get('undesirable', 0):,} undesirable)"
+
+
+def _metrics(state) -> str:
+    rows = [(name, state.latest(name)) for name in METRICS]
+    rows = [(name, f"{value:.4g}") for name, value in rows if value is not None]
+    if not rows:
+        return "None were recorded."
+    return f"After {state.step:,} steps; the last value of each.\n\n" + _table(rows)
+
+
+def _lineage(run, base: str, adapter_sha256: str, what: list[str], dtype: str) -> str:
+    lines = [f"1. base model `{base}`", f"2. LoRA adapter of run `{run.id}`, sha256 `{adapter_sha256}`"]
+    if "merged" in what or "gguf" in what:
+        lines.append(f"3. merged into the base in fp32, stored as {dtype or '16 bit'}")
+    if "gguf" in what:
+        lines.append("4. converted with llama.cpp's `convert_hf_to_gguf.py`, quantized by llama.cpp")
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES)
+    return "\n".join(lines) + f"\n\nMade with KTO Studio ({versions})."
+
+
+def _table(rows: list[tuple]) -> str:
+    def cell(value) -> str:
+        text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+        return text.replace("|", "\\|").replace("\n", " ")
+
+    return "\n".join(["| | |", "|---|---|", *(f"| {cell(k)} | {cell(v)} |" for k, v in rows)])
