@@ -1,0 +1,135 @@
+"""The demo: train the embedded model on the example, and show what it learned on questions it has not seen.
+
+It goes through the same doors as any run (`run.create`, `run.start`, `evaluate`), so that what it shows is what a user
+gets.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from .errors import KTOError, RunError
+from .jobs import Progress, check_cancel, no_progress
+from .paths import EXAMPLES
+
+DATA = EXAMPLES / "short_answers.jsonl"
+HELD_OUT = EXAMPLES / "heldout.jsonl"
+PROMPTS = EXAMPLES / "heldout_prompts.jsonl"
+SHORT = 15  # words; an answer of at most so many counts as short
+ANSWER_TOKENS = 96
+SAMPLES = 3
+POLL = 0.2  # seconds
+
+
+def run_demo(
+    seed: int = 3407,
+    *,
+    progress: Progress = no_progress,
+    cancel: threading.Event | None = None,
+    overrides: dict | None = None,
+    on_run: Callable[[object], None] | None = None,
+    prompts: int | None = None,
+) -> dict:
+    """Train preset ``demo`` on the example and measure the habit before and after.
+
+    Args:
+        overrides: fields of RunConfig beside the preset's.
+        on_run: gets the `run.Run` as soon as it exists, for whoever shows it live.
+        prompts: how many of the held-out prompts are answered; default all.
+
+    Returns:
+        ``run`` (id), ``seed``, ``steps``, ``training_seconds``, ``seconds``; ``habit``: for ``before`` and ``after`` the
+        mean ``words`` of an answer and ``short_share`` (of at most 15 words) on held-out prompts; ``margin``, ``auc``,
+        ``kl`` on held-out rows; ``samples``: three of ``prompt``, ``base``, ``tuned``.
+
+    Raises:
+        RunError: training failed or was stopped; the message says why.
+        Cancelled: ``cancel`` was set; the run is stopped and can be resumed.
+    """
+    from . import chat, config, evaluate
+    from . import run as runs
+
+    started = time.monotonic()
+    given = {"data": str(DATA), "seed": seed, "run_name": "demo", **(overrides or {})}
+    run = runs.create(config.resolve("demo", given, origin="demo"))
+    if on_run:
+        on_run(run)
+    training = _train(run, progress, cancel)
+
+    def part(start: float, end: float) -> Progress:
+        return lambda f, text: progress(start + (end - start) * (f or 0.0), text)
+
+    measured = evaluate.evaluate(run, str(HELD_OUT), samples=0, progress=part(0.7, 0.8), cancel=cancel)
+    asked = [json.loads(line)["prompt"] for line in PROMPTS.read_text(encoding="utf-8").splitlines()][:prompts]
+    loaded = chat.Chat.load(run, cancel=cancel)
+    try:
+        options = {"max_new_tokens": ANSWER_TOKENS, "cancel": cancel}
+        before = evaluate.answers(loaded, asked, tuned=False, progress=part(0.8, 0.95), **options)
+        after = evaluate.answers(loaded, asked, tuned=True, progress=part(0.95, 1.0), **options)
+    finally:
+        loaded.unload()
+    progress(1.0, "The demo is done.")
+    shown = list(zip(asked, before, after, strict=True))[:SAMPLES]
+    return {
+        "run": run.id,
+        "seed": seed,
+        "steps": run.state().step,
+        "training_seconds": round(training, 1),
+        "seconds": round(time.monotonic() - started, 1),
+        "habit": {"before": habit(before), "after": habit(after)},
+        "margin": measured["rewards/margins"],
+        "auc": measured["auc"],
+        "kl": measured["kl"],
+        "samples": [{"prompt": p[-1]["content"], "base": b, "tuned": t} for p, b, t in shown],
+    }
+
+
+def habit(answers: list[str]) -> dict:
+    """Mean words of the answers, and the share that is short but says something."""
+    words = [len(a.split()) for a in answers]
+    return {
+        "words": round(sum(words) / len(words), 2),
+        "short_share": round(sum(0 < w <= SHORT for w in words) / len(words), 3),
+    }
+
+
+def _train(run, progress: Progress, cancel: threading.Event | None) -> float:
+    """Train to the end; seconds of the training itself. Progress takes the first 70 %."""
+    from . import run as runs
+
+    runs.start(run)
+    while not (state := run.state()).terminal:
+        if cancel is not None and cancel.is_set():
+            _stop(run)
+            check_cancel(cancel)
+        share = state.step / state.total_steps if state.total_steps else 0.0
+        doing = f"Training: step {state.step} of {state.total_steps}" if state.total_steps else state.message
+        progress(0.05 + 0.65 * share if share else 0.02, doing)
+        time.sleep(POLL)
+    if state.state != "finished":
+        raise RunError(f"The demo's training {state.state}: {state.message}")
+    times = [m["t"] for m in state.metrics]
+    return times[-1] - _began(run.path) if times else 0.0
+
+
+def _began(folder: Path) -> float:
+    """Unix time at which training began, after loading and scoring."""
+    from .events import read
+
+    events = read(folder / "events.jsonl")[0]
+    return next((e["t"] for e in events if e["kind"] == "status" and e.get("state") == "training"), events[0]["t"])
+
+
+def _stop(run) -> None:
+    """Ask it to stop and wait: the model is still in memory."""
+    while run.alive():
+        try:
+            if not (run.path / "stop").exists():
+                run.stop()
+        except KTOError:  # it ended just now
+            return
+        time.sleep(POLL)
