@@ -42,7 +42,7 @@ def run_demo(
         prompts: how many of the held-out prompts are answered; default all.
 
     Returns:
-        ``run`` (id), ``seed``, ``steps``, ``training_seconds``, ``seconds``; ``habit``: for ``before`` and ``after`` the
+        ``run`` (id), ``seed``, ``steps``, ``training_seconds``, ``seconds``; ``habit``: for ``before``, ``after`` the
         mean ``words`` of an answer and ``short_share`` (of at most 15 words) on held-out prompts; ``margin``, ``auc``,
         ``kl`` on held-out rows; ``samples``: three of ``prompt``, ``base``, ``tuned``.
 
