@@ -11,7 +11,8 @@ from kto_core.errors import DataError, KTOError
 from ui import data_jobs, data_view, sources, train_form, views
 from ui.context import Context
 
-QUICK = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+# through the queue: an error that is raised outside of it shows no toast, but a failed request in the console
+QUICK = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
 LAST = {**QUICK, "trigger_mode": "always_last"}  # typing: the newest text wins
 SHORT = 0.12  # seconds an action waits for a job before it shows a progress bar instead
 MODEL, MESSAGES = "As the model sees it", "Messages"
@@ -358,7 +359,7 @@ def _choosing(ctx: Context, ui) -> None:
     ctx.on_load(show, everything, asked)
     ctx.chosen_data.change(ctx.guarded(show), asked, everything, **QUICK)
     ctx.on_tick(tick, everything, [*asked, ui.page, ui.search, ui.label, ui.row, ui.seen, ui.told])
-    ui.pick.input(None, [ui.pick], [ctx.chosen_data], js="x => x", **QUICK)
+    ui.pick.input(None, [ui.pick], [ctx.chosen_data], js="x => x", show_progress="hidden")
     for control in (ui.model.input, ui.limit.input):
         control(ctx.guarded(measured), [*asked, ui.row], everything, **LAST)
 
@@ -410,7 +411,7 @@ def _table_events(ctx: Context, ui) -> None:
             del out[ui.number]  # leave what is being typed alone
         return out
 
-    ui.search.input(turn(None), asked, shown, **LAST)
+    ui.search.change(turn(None), asked, shown, **LAST)
     ui.label.input(turn(None), asked, shown, **LAST)
     ui.back.click(turn(-1), asked, shown, **QUICK)
     ui.forth.click(turn(1), asked, shown, **QUICK)
