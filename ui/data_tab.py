@@ -17,7 +17,12 @@ LAST = {**QUICK, "trigger_mode": "always_last"}  # typing: the newest text wins
 SHORT = 0.12  # seconds an action waits for a job before it shows a progress bar instead
 MODEL, MESSAGES = "As the model sees it", "Messages"
 CHOOSE_ROW = """
-const choose = row => row && trigger('select', {index: Number(row.dataset.index)});
+const choose = row => {
+  if (!row) return;
+  for (const other of element.querySelectorAll('tr[aria-selected="true"]')) other.ariaSelected = 'false';
+  row.ariaSelected = 'true';  // marked here: drawing the table anew would take the focus away
+  trigger('select', {index: Number(row.dataset.index), value: null});
+};
 element.addEventListener('click', e => choose(e.target.closest('tr[data-index]')));
 element.addEventListener('keydown', e => {
   const row = e.target.closest('tr[data-index]');
@@ -420,20 +425,15 @@ def _table_events(ctx: Context, ui) -> None:
 
 def _row_events(ctx: Context, ui) -> None:
     asked = [ctx.chosen_data, ui.model, ui.limit, ui.view]
-    table = [ui.page, ui.search, ui.label]
 
-    def chosen(event: gr.SelectData, data_id, model, limit, view, page, search, label):
-        found, number = _look(data_id, model, limit), int(event.index) + 1
-        return {
-            ui.row: number,
-            ui.table: _page(ui, found, page, search, label, number)[ui.table],
-            **_row(ui, found, number, model, view),
-        }
+    def chosen(event: gr.SelectData, data_id, model, limit, view):
+        number = int(event.index) + 1
+        return {ui.row: number, **_row(ui, _look(data_id, model, limit), number, model, view)}
 
     def typed(data_id, model, limit, view, number):
         return _row(ui, _look(data_id, model, limit), number, model, view)
 
-    ui.table.select(ctx.guarded(chosen), [*asked, *table], [ui.row, ui.table, ui.shown], **LAST)
+    ui.table.select(ctx.guarded(chosen), asked, [ui.row, ui.shown], **LAST)
     for control in (ui.row.input, ui.view.input):
         control(ctx.guarded(typed), [*asked, ui.row], [ui.shown], **LAST)
 
