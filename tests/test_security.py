@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 import time
 from types import SimpleNamespace
 
@@ -183,3 +184,73 @@ def test_passwords_are_long_and_new_every_time():
     assert len({a.owner, a.guest, b.owner, b.guest}) == 4 and min(map(len, (a.owner, a.guest))) >= 16
     assert a.owner_login("kto", a.owner) and not a.owner_login("guest", a.owner) and not a.owner_login("kto", "ü")
     assert a.guest_login("guest", a.guest) and not a.guest_login("guest", a.owner)
+
+
+# ---- the real page, as `ui.launch` serves it to other machines
+
+
+@pytest.fixture(scope="module")
+def real_site(tmp_path_factory):
+    """The whole app behind its doors; not `launch` itself, which also waits and opens a tunnel."""
+    import os
+
+    from ui import launch
+
+    home = tmp_path_factory.mktemp("real")
+    former = {name: os.environ.get(name) for name in ("KTO_STUDIO_RUNS", "KTO_STUDIO_DATA")}
+    os.environ |= {"KTO_STUDIO_RUNS": str(home / "runs"), "KTO_STUDIO_DATA": str(home / "data")}
+    blocks = launch.build(public=True)
+    app, url, _ = blocks.launch(
+        prevent_thread_lock=True, quiet=True, ssr_mode=False, server_name="127.0.0.1", run_history=False,
+        show_error=False, **launch.looks(), **launch.doors(True),
+    )  # fmt: skip
+    yield SimpleNamespace(url=url.rstrip("/"), app=app)
+    blocks.close()
+    for name, value in former.items():
+        os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+
+
+def test_every_route_of_the_real_page_is_closed_without_a_login(real_site):
+    tried = 0
+    with httpx.Client(base_url=real_site.url) as client:
+        for method, path in _all_paths(real_site.app):
+            short = path.removeprefix(security.GUEST_PATH) or "/"
+            if method not in ("GET", "POST") or security.OPEN.fullmatch(short):
+                continue
+            answer = client.request(method, path, json={} if method == "POST" else None)
+            assert answer.status_code in (401, 404), (method, path, answer.status_code)
+            tried += 1
+        for page in ("/", "/guest/"):
+            text = client.get(page).text.replace(" ", "")
+            assert '"auth_required":true' in text and "data-table" not in text and "guest-talk" not in text
+    assert tried > 60
+
+
+def test_the_guest_page_only_chats():
+    from ui import guest
+
+    page = guest.build().get_config_file()
+    kinds = {c["type"] for c in page["components"]}
+    assert "chatbot" in kinds and not kinds & {
+        "file",
+        "uploadbutton",
+        "downloadbutton",
+        "dataframe",
+        "dropdown",
+        "tabs",
+    }
+    assert all(fn["api_visibility"] == "private" for fn in page["dependencies"])
+
+
+def test_on_this_machine_only_there_is_no_password_and_nobody_else_gets_in():
+    from ui import launch
+
+    assert launch.doors(False) == {}
+    assert set(launch.LOCAL) == {"127.0.0.1", "localhost", "::1"}
+    port = launch.free_port("127.0.0.1", None)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(OSError, match="taken"):
+            launch.free_port("127.0.0.1", taken.getsockname()[1])
+    assert port >= launch.FIRST_PORT

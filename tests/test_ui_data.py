@@ -203,3 +203,100 @@ def test_a_big_file_shows_its_first_page_and_can_be_cancelled(data_dir, monkeypa
     go.set()
     assert wait(job).state == "cancelled"
     assert data_jobs.look(data_id, "demo", 512).loaded is None, "it stays cancelled until asked again"
+
+
+# ---- the tab in a browser
+
+
+@pytest.mark.browser
+def test_the_data_tab_end_to_end(mixed, tmp_path, demo_model):
+    """Upload, table, search, filter, pages, report, row, conversion; HTML in data stays text."""
+    import browser
+
+    with browser.app(tmp_path / "app") as url, browser.chromium() as b, browser.page_of(b, url) as page:
+        # upload: the table and the facts appear
+        page.locator("#data-upload input[type=file]").set_input_files(str(mixed))
+        page.locator("#data-facts").get_by_text("130").wait_for()
+        table, place = page.locator("#data-table tbody tr"), page.locator("#data-range")
+        place.get_by_text("1–50 of 130 rows").wait_for()
+        assert table.count() == 50
+
+        # HTML and templates in a row are text
+        page.locator("#data-table").get_by_text(
+            "<script>window.pwned=2</script> ${window.pwned=3} {{value}}"
+        ).wait_for()
+        assert page.evaluate("window.pwned") is None and page.locator("#data-table img").count() == 0
+
+        # pages
+        page.locator("#data-forth button, button#data-forth").click()
+        place.get_by_text("51–100 of 130 rows").wait_for()
+        page.locator("#data-page input").fill("3")
+        place.get_by_text("101–130 of 130 rows").wait_for()
+        assert table.count() == 30 and page.locator("button#data-forth").is_disabled()
+        page.locator("button#data-back").click()
+        place.get_by_text("51–100 of 130 rows").wait_for()
+
+        # search and filter start from the first page
+        page.locator("#data-search input, #data-search textarea").fill("question 00")
+        place.get_by_text("1–12 of 12 rows").wait_for()
+        page.locator("#data-label").get_by_text("Undesirable").click()
+        place.get_by_text("of 1 rows").wait_for()
+        assert "bad" in table.first.inner_text() and table.count() == 1
+        page.locator("#data-search input, #data-search textarea").fill("nowhere")
+        page.locator("#data-table").get_by_text("No row matches").wait_for()
+        page.locator("#data-search input, #data-search textarea").fill("")
+        page.locator("#data-label").get_by_text("All", exact=True).click()
+        place.get_by_text("1–50 of 130 rows").wait_for()
+
+        # a row as the model sees it, chosen with the keyboard
+        page.locator("#data-lengths").get_by_text("in tokens").wait_for()
+        table.nth(2).focus()
+        page.keyboard.press("ArrowDown")
+        page.keyboard.press("Enter")
+        page.locator('#data-table tr[data-index="3"][aria-selected="true"]').wait_for()
+        seen = page.locator("#data-row-view .seen")
+        seen.get_by_text("<script>window.pwned=2</script>").wait_for()
+        assert page.locator("#data-row-view mark.token").first.inner_text() == "<|im_start|>"
+        assert page.locator("#data-row input").input_value() == "4"
+        page.locator("#data-view").get_by_text("Messages").click()
+        page.locator("#data-row-view .turn.answer").get_by_text("<b>b</b>").wait_for()
+        assert page.evaluate("window.pwned") is None
+
+        # the report, downloaded, has every line
+        with page.expect_download() as got:
+            page.locator("#data-report").click()
+        lines = Path(got.value.path()).read_text().splitlines()
+        assert lines[0] == "line,kind,reason,detail" and any(line.startswith("129,dropped,not JSON") for line in lines)
+
+        # conversion
+        page.locator("#data-form").get_by_text("ChatML").click()
+        page.locator("button#data-convert").click()
+        with page.expect_download() as got:
+            page.locator("#data-converted").get_by_text("mixed-chatml.jsonl").click()
+        rows = [json.loads(line) for line in Path(got.value.path()).read_text().splitlines()]
+        assert len(rows) == 130 and rows[3]["conversations"][-1]["content"] == EVIL
+
+        # the advice is taken, and a reload keeps the data set
+        page.locator("button#data-use-weight").click()
+        page.get_by_text("in the Train tab").first.wait_for()
+        page.reload()
+        place.get_by_text("1–50 of 130 rows").wait_for()
+
+
+@pytest.mark.browser
+def test_bad_files_are_said_and_the_page_stays(tmp_path, demo_model):
+    import browser
+
+    empty = write(tmp_path / "empty.jsonl", [])
+    one_label = write(tmp_path / "one.jsonl", [row(i, True) for i in range(5)])
+    with browser.app(tmp_path / "app") as url, browser.chromium() as b, browser.page_of(b, url) as page:
+        upload = page.locator("#data-upload input[type=file]")
+        upload.set_input_files(str(empty))
+        page.locator("#tab-data").get_by_text("There are no rows in it").wait_for()
+        upload.set_input_files(str(one_label))
+        page.locator("#data-facts").get_by_text("All rows are desirable").wait_for()
+        page.locator("#data-hub").get_by_text("From the Hugging Face Hub").click()
+        page.locator("#data-hub-id input, #data-hub-id textarea").fill("../../etc/passwd")
+        page.locator("button#data-hub-load").click()
+        page.locator("[data-testid=toast-body]").get_by_text("owner/name").wait_for()
+        page.locator("#data-facts").get_by_text("All rows are desirable").wait_for()

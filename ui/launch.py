@@ -181,7 +181,9 @@ def launch(*, host: str = "127.0.0.1", port: int | None = None, share: bool = Fa
         OSError: the port is taken, or the host is not ours.
     """
     public = share or host not in LOCAL
-    port = free_port(host, port)
+    wanted, port = port, free_port(host, port)
+    if not wanted and port != FIRST_PORT:
+        print(f"Port {FIRST_PORT} is taken, perhaps by another KTO Studio: this one listens on {port}.", flush=True)
     for folder in folders():
         folder.mkdir(parents=True, exist_ok=True)
     gr.set_static_paths(folders())  # downloads of gigabytes are not copied first
