@@ -266,6 +266,7 @@ def modelfile(run, gguf_path) -> Path:
         lambda messages, generation=True: ggufs.render(facts, messages, generation),
         bos=facts.bos_text if facts.add_bos else "",  # Ollama puts it there itself
         eos=facts.eos_text,
+        dated="strftime_now" in facts.template,
     )
     part = target.with_name(target.name + ".part")
     try:

@@ -277,7 +277,7 @@ def quantize(source: Path, out: Path, quant: str, *, progress: Progress = no_pro
 
     progress(0.0, f"Quantizing to {quant}…")
     with _beside(out) as part:
-        arguments = {"source": str(source), "out": str(part), "quant": quant, "threads": os.cpu_count() or 1}
+        arguments = {"source": str(source), "out": str(part), "quant": quant, "threads": _threads()}
         return child.call("gguf_native", "quantize", arguments, what=f"Quantizing to {quant}", cancel=cancel,
                           on_line=read)  # fmt: skip
 
@@ -299,6 +299,12 @@ class _beside:
         with open(self.part, "rb") as f:
             os.fsync(f.fileno())
         os.replace(self.part, self.path)
+
+
+def _threads() -> int:
+    """What the user allows with OMP_NUM_THREADS, else the cores this process may use."""
+    allowed = os.environ.get("OMP_NUM_THREADS", "")
+    return int(allowed) if allowed.isdigit() and int(allowed) else len(os.sched_getaffinity(0))
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
@@ -391,7 +397,7 @@ def prompt_text(facts: Facts, prompt: str) -> str:
 
 def check(path: Path, prompt: str, max_tokens: int, *, progress: Progress = no_progress, cancel=None) -> dict:
     """`gguf_native.check` in a child."""
-    arguments = {"path": str(path), "prompt": prompt, "max_tokens": max_tokens, "threads": os.cpu_count() or 1}
+    arguments = {"path": str(path), "prompt": prompt, "max_tokens": max_tokens, "threads": _threads()}
     return child.call(
         "gguf_native", "check", arguments, what="The check in llama.cpp", progress=progress, cancel=cancel
     )
