@@ -159,7 +159,8 @@ def doors(public: bool) -> dict:
     from ui import guest, security
 
     accounts = security.Accounts()
-    gate = security.app_kwargs({"folders": folders()}, guest.build(), accounts=accounts, guest_options=looks())
+    style = {name: value for name, value in looks().items() if name != "favicon_path"}
+    gate = security.app_kwargs({"folders": folders()}, guest.build(), accounts=accounts, guest_options=style)
     print(f"The app can be reached from other machines. User: {security.OWNER}   Password: {accounts.owner}")
     print(
         f"Guests, who can only chat, at {security.GUEST_PATH}: {security.GUEST}   Password: {accounts.guest}",
