@@ -20,6 +20,7 @@ def served(**tabs: Callable[[Context], None]) -> Iterator[str]:
             for name, build in {"data": lambda ctx: gr.Markdown("The data tab"), **tabs}.items():
                 with gr.Tab(name.capitalize(), id=name):
                     build(ctx)
+        ctx.start_ticking()
     paths.runs_dir().mkdir(parents=True, exist_ok=True)
     gr.set_static_paths([paths.runs_dir()])
     css = (paths.ROOT / "ui" / "tabs.css").read_text()

@@ -10,7 +10,7 @@ import html
 import inspect
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import gradio as gr
 
@@ -78,6 +78,15 @@ def quiet(fn: Callable) -> Callable:
     return tick
 
 
+def _nothing(result) -> bool:
+    """Whether a tick skipped all its outputs; it may return one value, a sequence, or component -> value."""
+    skip = gr.skip()
+    if isinstance(result, dict) and "__type__" not in result:
+        result = list(result.values())
+    values = result if isinstance(result, list | tuple) else [result]
+    return all(isinstance(v, dict) and v == skip for v in values)
+
+
 @dataclass
 class Context:
     """Handed to every tab's ``build``."""
@@ -91,6 +100,7 @@ class Context:
     chosen_model: gr.State | None = None  # {"model": name, "max_length": n} as Train's form has them
     demo: bool = False  # app.py --demo
     public: bool = False  # reachable from other machines: show no folders of this one
+    ticks: list = field(default_factory=list)  # (fn, inputs, bell) of every `on_tick`
 
     def on_load(self, fn: Callable, outputs, inputs=None) -> None:
         """Call ``fn(*inputs)`` when a page opens. It must be quick; what it raises leaves the outputs alone."""
@@ -98,11 +108,35 @@ class Context:
 
     def on_tick(self, fn: Callable, outputs, inputs=None) -> None:
         """Call ``fn(*inputs)`` every second. It must be pure and quick (< 20 ms): keep a signature of what was shown
-        in a gr.State and return gr.skip() when nothing is new."""
+        in a gr.State and return gr.skip() when nothing is new.
+
+        A skipped output still costs the browser a copy of all that its component shows (seconds, with plots). So the
+        timer asks all ticks at once and has one gr.State for each as its output, its bell; only a tick with something
+        new rings, and is then called again for its outputs. `start_ticking` connects them.
+        """
+        bell = gr.State(0)
+        inputs = [] if inputs is None else list(inputs)
+        quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        bell.change(quiet(fn), inputs, outputs, trigger_mode="always_last", **quick)
+        self.ticks.append((quiet(fn), inputs, bell))
+
+    def start_ticking(self) -> None:
+        """Call once, after all tabs were built."""
+        ticks = list(self.ticks)
+
+        def ask(*values):
+            rung, at = [], 0
+            for fn, inputs, _ in ticks:
+                mine, bell = values[at : at + len(inputs)], values[at + len(inputs)]
+                rung.append(gr.skip() if _nothing(fn(*mine)) else bell + 1)
+                at += len(inputs) + 1
+            return rung
+
+        asked = [c for _, inputs, bell in ticks for c in (*inputs, bell)]
         self.timer.tick(
-            quiet(fn),
-            inputs,
-            outputs,
+            quiet(ask),
+            asked,
+            [bell for *_, bell in ticks],
             queue=False,
             trigger_mode="once",
             show_progress="hidden",

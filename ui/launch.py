@@ -103,6 +103,7 @@ def build(*, demo: bool = False, public: bool = False) -> gr.Blocks:
             with demo_room:
                 demo_panel.build(ctx)
         _header(ctx, status)
+        ctx.start_ticking()
     for fn in blocks.fns.values():  # the page's own calls only: nothing of it is an API for scripts
         fn.api_visibility = "private"
     return blocks

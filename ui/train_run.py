@@ -67,6 +67,7 @@ def build(ctx: Context) -> Shown:
             no = gr.Button("Keep", scale=0, min_width=90, elem_id="train-delete-no")
     tiles = gr.HTML("", elem_id="train-tiles", show_label=False)
     with gr.Column(visible=False, elem_id="train-plots") as grid:
+        gr.HTML(views.legend(), show_label=False, elem_id="train-legend")
         plots = [_plot(name) for name in views.CURVES]
     with gr.Column(visible=False, elem_classes="card", elem_id="train-log") as log:
         with gr.Row(equal_height=True):
@@ -91,7 +92,7 @@ def _plot(name: str) -> gr.LinePlot:
         x_title=" ",  # else the column's name
         y_title=" ",
         color_title="",
-        colors_in_legend=[] if len(series) == 1 else None,
+        colors_in_legend=[],  # Gradio's legend names no series: `views.legend` does
         tooltip="all",
         height=HEIGHT,
         label=title,

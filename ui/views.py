@@ -135,6 +135,14 @@ def curve(state: RunState, name: str) -> list[dict]:
     ]
 
 
+def legend() -> str:
+    """The colors of the curves that share a plot."""
+    names = {"training, desirable rows": "training", "held-out rows": "held out", "undesirable rows": "undesirable"}
+    marks = "".join(f'<span><i style="background:{COLORS[c]}"></i>{n}</span>' for n, c in names.items())
+    hint = '<span class="hint">drag over a plot to zoom in, double-click to zoom out</span>'
+    return f'<div class="legend">{marks}{hint}</div>'
+
+
 def logs(state: RunState) -> str:
     """The last lines, newest at the bottom and in view (the styles reverse the column)."""
     lines = []
