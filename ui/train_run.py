@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,31 +20,30 @@ RUNNING = ("preparing", "training", "stopping")
 
 
 @dataclass
-class Shown:
-    """The components of this side that `refresh` has values for, in order."""
+class Part:
+    """Components that change together: what they depend on, and their values. `seen` has what was shown last."""
 
-    picker: gr.Dropdown
-    head: gr.HTML
-    stop: gr.Button
-    resume: gr.Button
-    chat: gr.Button
-    export: gr.Button
-    delete: gr.Button
-    confirm: gr.Row
-    sure: gr.HTML
-    tiles: gr.HTML
-    grid: gr.Column
-    plots: list[gr.LinePlot]
-    log: gr.Column
-    logs: gr.HTML
-    download: gr.DownloadButton
+    components: list
+    key: Callable  # (run or None) -> tuple; a new one means new values
+    values: Callable  # (run or None) -> list, one value a component
     seen: gr.State
+
+
+@dataclass
+class Shown:
+    """This side of the tab. Its parts are refreshed apart: an update costs the browser a copy of each component."""
+
+    parts: list[Part]
 
     @property
     def outputs(self) -> list:
-        return [self.picker, self.head, self.stop, self.resume, self.chat, self.export, self.delete, self.confirm,
-                self.sure, self.tiles, self.grid, *self.plots, self.log, self.logs, self.download,
-                self.seen]  # fmt: skip
+        """For `everything`."""
+        return [c for part in self.parts for c in (*part.components, part.seen)]
+
+    def everything(self, run_id: str) -> list:
+        """Values of all outputs, after something was done."""
+        run = chosen(run_id)
+        return [v for part in self.parts for v in (*part.values(run), part.key(run))]
 
 
 def build(ctx: Context) -> Shown:
@@ -75,10 +75,22 @@ def build(ctx: Context) -> Shown:
             download = gr.DownloadButton("Download events", size="sm", visible=False, scale=0, min_width=150,
                                          elem_id="train-events")  # fmt: skip
         logs = gr.HTML(views.logs(views.RunState()), show_label=False, elem_id="train-logs")
-    shown = Shown(picker, head, stop, resume, chat, export, delete, confirm, sure, tiles, grid, plots, log, logs,
-                  download, gr.State(None))  # fmt: skip
-    _wire(ctx, shown, yes, no)
+    # a confirmation that is open stays open until another run is shown: it has a part of its own
+    shown = Shown([
+        _part([picker], _listing, _picker),
+        _part([stop, resume, chat, export, delete, download, grid, log], _what_can_be_done, _controls),
+        _part([confirm], _identity, lambda run: [gr.update(visible=False)]),
+        _part([head, tiles], _newest, _numbers),
+        _part(plots, _points_known, _curves),
+        _part([logs], _lines_known, _lines),
+    ])  # fmt: skip
+    _wire(ctx, shown, picker, plots, {"stop": stop, "resume": resume, "chat": chat, "export": export,
+                                      "delete": delete, "yes": yes, "no": no}, confirm, sure)  # fmt: skip
     return shown
+
+
+def _part(components: list, key: Callable, values: Callable) -> Part:
+    return Part(components, key, values, gr.State(None))
 
 
 def _plot(name: str) -> gr.LinePlot:
@@ -119,56 +131,68 @@ def chosen(run_id: str):
     return next((r for r in listed if r.id == run_id), None) or live.active() or next(iter(listed), None)
 
 
-def signature(run) -> tuple:
-    """Changes when `refresh` would show something else."""
-    listed = tuple((r.id, r.state().state) for r in live.listed())
-    if run is None:
-        return listed, None
-    s = run.state()
-    return listed, (run.id, s.state, s.updated, s.step, len(s.metrics), len(s.logs), s.message, bool(run.adapter))
+def _identity(run) -> tuple:
+    return (run.id if run else None,)
 
 
-def refresh(run_id: str, seen) -> list:
-    """Values for `Shown.outputs`; nothing new since ``seen``: all skipped."""
-    run = chosen(run_id)
-    now = signature(run)
-    count = 15 + len(views.CURVES)
-    if now == seen:
-        return [gr.skip()] * count
+def _listing(run) -> tuple:
+    return (*_identity(run), *((r.id, _label(r)) for r in live.listed()))
+
+
+def _picker(run) -> list:
     choices = [(_label(r), r.id) for r in live.listed()]
-    picker = gr.update(choices=choices, value=run.id if run else None, visible=bool(choices))
-    hidden = gr.update(visible=False)
+    return [gr.update(choices=choices, value=run.id if run else None, visible=bool(choices))]
+
+
+def _what_can_be_done(run) -> tuple:
     if run is None:
-        plots = [gr.skip()] * len(views.CURVES)
-        empty = views.logs(views.RunState())
-        return [picker, views.no_runs(), *[hidden] * 6, "", "", hidden, *plots, hidden, empty, hidden, now]
-    state = run.state()
-    runs_now = state.state in RUNNING
-    adapter, usable = bool(run.adapter), bool(run.adapter or state.checkpoints)
-    again = state.state in ("stopped", "failed", "interrupted")
-    events = run.path / "events.jsonl"
-    same = bool(seen) and seen[1] and seen[1][0] == run.id
-    drawn = same and seen[1][4] == now[1][4]  # no new point since
-    plots = [gr.skip()] * len(views.CURVES) if drawn else [_points(state, name) for name in views.CURVES]
-    stopping = state.state == "stopping"
+        return (None,)
+    s = run.state()
+    events = (run.path / "events.jsonl").is_file()
+    return run.id, s.state, bool(run.adapter), bool(s.checkpoints), bool(s.metrics), events
+
+
+def _controls(run) -> list:
+    if run is None:
+        return [gr.update(visible=False)] * 8
+    _, state, adapter, checkpoints, metrics, there = _what_can_be_done(run)
+    running, usable = state in RUNNING, adapter or checkpoints
     return [
-        picker,
-        views.head(run.id, state),
-        gr.update(visible=runs_now, value="End now" if stopping else "Stop"),
-        gr.update(visible=again, variant="secondary" if usable and not state.error else "primary"),
-        gr.update(visible=usable and not runs_now),
-        gr.update(visible=adapter and not runs_now),
-        gr.update(visible=not runs_now),
-        gr.skip() if same else hidden,
-        gr.skip(),
-        views.tiles(state),
-        gr.update(visible=bool(state.metrics)),
-        *plots,
+        gr.update(visible=running, value="End now" if state == "stopping" else "Stop"),
+        gr.update(visible=state in ("stopped", "failed", "interrupted")),
+        gr.update(visible=usable and not running),
+        gr.update(visible=adapter and not running),
+        gr.update(visible=not running),
+        gr.update(visible=there, value=str(run.path / "events.jsonl")),
+        gr.update(visible=metrics),
         gr.update(visible=True),
-        views.logs(state),
-        gr.update(visible=events.is_file(), value=str(events)),
-        now,
     ]
+
+
+def _newest(run) -> tuple:
+    s = run.state() if run else None
+    return (run.id, s.state, s.updated, s.message, s.error) if s else (None,)
+
+
+def _numbers(run) -> list:
+    return [views.head(run.id, run.state()), views.tiles(run.state())] if run else [views.no_runs(), ""]
+
+
+def _points_known(run) -> tuple:
+    metrics = run.state().metrics if run else []
+    return (*_identity(run), len(metrics), metrics[-1]["t"] if metrics else None)
+
+
+def _curves(run) -> list:
+    return [_points(run.state(), name) if run else gr.skip() for name in views.CURVES]
+
+
+def _lines_known(run) -> tuple:
+    return (*_identity(run), len(run.state().logs) if run else 0)
+
+
+def _lines(run) -> list:
+    return [views.logs(run.state() if run else views.RunState())]
 
 
 def _points(state, name: str):
@@ -187,17 +211,20 @@ def _size(folder: Path) -> str:
 # ---- what is done
 
 
-def _wire(ctx: Context, shown: Shown, yes: gr.Button, no: gr.Button) -> None:
+def _wire(ctx: Context, shown: Shown, picker, plots: list, buttons: dict, confirm, sure) -> None:
     outputs = shown.outputs
+    chosen_too = [ctx.chosen_run, *outputs]
 
-    def tick(run_id: str, seen):
-        return refresh(run_id, seen)
+    def ticking(part: Part):
+        def tick(run_id: str, seen):
+            run = chosen(run_id)
+            now = part.key(run)
+            return [gr.skip()] * (len(part.components) + 1) if now == seen else [*part.values(run), now]
 
-    def opened(run_id: str):
-        return refresh(run_id, None)
+        return tick
 
     def pick(run_id: str | None):
-        return (run_id or "", *refresh(run_id or "", None))
+        return (run_id or "", *shown.everything(run_id or ""))
 
     def the_run(run_id: str | None):
         if not run_id:
@@ -206,8 +233,11 @@ def _wire(ctx: Context, shown: Shown, yes: gr.Button, no: gr.Button) -> None:
 
     def stop(run_id: str | None):
         run = the_run(run_id)
-        run.stop()
-        return refresh(run.id, None)
+        try:
+            run.stop()
+        finally:
+            live.forget()
+        return shown.everything(run.id)
 
     def resume(run_id: str | None):
         run = the_run(run_id)
@@ -215,7 +245,7 @@ def _wire(ctx: Context, shown: Shown, yes: gr.Button, no: gr.Button) -> None:
             runs.resume(run)
         finally:
             live.forget()
-        return (run.id, *refresh(run.id, None))
+        return (run.id, *shown.everything(run.id))
 
     def ask(run_id: str | None):
         run = the_run(run_id)
@@ -228,30 +258,30 @@ def _wire(ctx: Context, shown: Shown, yes: gr.Button, no: gr.Button) -> None:
             run.delete()
         finally:
             live.forget()
-        return ("", *refresh("", None))
+        return ("", *shown.everything(""))
 
     def zoom(event: gr.SelectData):
         low, high = event.index
-        return [gr.update(x_lim=[low, high])] * len(shown.plots)
+        return [gr.update(x_lim=[low, high])] * len(plots)
 
     def whole():
-        return [gr.update(x_lim=None)] * len(shown.plots)
+        return [gr.update(x_lim=None)] * len(plots)
 
-    ctx.on_tick(tick, outputs, [ctx.chosen_run, shown.seen])
-    ctx.on_load(opened, outputs, [ctx.chosen_run])
-    chosen_too = [ctx.chosen_run, *outputs]
-    shown.picker.input(ctx.guarded(pick), [shown.picker], chosen_too, **QUICK)
-    shown.stop.click(None, None, [shown.stop], js="() => 'Stopping…'", queue=False)  # answers before the server does
-    shown.stop.click(ctx.guarded(stop), [shown.picker], outputs, **QUICK)
-    shown.resume.click(ctx.guarded(resume), [shown.picker], chosen_too, trigger_mode="once", **QUICK)
-    shown.delete.click(ctx.guarded(ask), [shown.picker], [shown.confirm, shown.sure], **QUICK)
-    yes.click(ctx.guarded(delete), [shown.picker], chosen_too, trigger_mode="once", **QUICK)
-    no.click(lambda: gr.update(visible=False), None, [shown.confirm], **QUICK)
-    for plot in shown.plots:
-        plot.select(ctx.guarded(zoom), None, shown.plots, **QUICK)
-        plot.double_click(ctx.guarded(whole), None, shown.plots, **QUICK)
-    for button, tab in ((shown.chat, "chat"), (shown.export, "export")):
+    for part in shown.parts:
+        ctx.on_tick(ticking(part), [*part.components, part.seen], [ctx.chosen_run, part.seen])
+    ctx.on_load(shown.everything, outputs, [ctx.chosen_run])
+    picker.input(ctx.guarded(pick), [picker], chosen_too, **QUICK)
+    buttons["stop"].click(None, None, [buttons["stop"]], js="() => 'Stopping…'", queue=False)  # before the server does
+    buttons["stop"].click(ctx.guarded(stop), [picker], outputs, **QUICK)
+    buttons["resume"].click(ctx.guarded(resume), [picker], chosen_too, trigger_mode="once", **QUICK)
+    buttons["delete"].click(ctx.guarded(ask), [picker], [confirm, sure], **QUICK)
+    buttons["yes"].click(ctx.guarded(delete), [picker], chosen_too, trigger_mode="once", **QUICK)
+    buttons["no"].click(lambda: gr.update(visible=False), None, [confirm], **QUICK)
+    for plot in plots:
+        plot.select(ctx.guarded(zoom), None, plots, **QUICK)
+        plot.double_click(ctx.guarded(whole), None, plots, **QUICK)
+    for tab in ("chat", "export"):
         # emptied first, so that the other tabs hear of a change even where this run was the chosen one before
-        button.click(lambda tab=tab: ("", gr.Tabs(selected=tab)), None, [ctx.chosen_run, ctx.tabs], **QUICK).then(
-            lambda run_id: run_id or "", [shown.picker], [ctx.chosen_run], **QUICK
+        buttons[tab].click(lambda tab=tab: ("", gr.Tabs(selected=tab)), None, [ctx.chosen_run, ctx.tabs], **QUICK).then(
+            lambda run_id: run_id or "", [picker], [ctx.chosen_run], **QUICK
         )

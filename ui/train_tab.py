@@ -228,7 +228,7 @@ def _start_events(ctx: Context, ui, shown: train_run.Shown) -> None:
             runs.start(run)
         finally:
             live.forget()
-        return run.id, *train_run.refresh(run.id, None)
+        return run.id, *shown.everything(run.id)
 
     def check(data_id: str, *values):
         form = train_form.read(*values)
