@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from . import demo_model
 from .errors import ConfigError, HardwareError, ModelError
 from .jobs import Progress, no_progress
+from .libraries import transformers_ready
 from .model_files import cached_folder, download, hub_config, hub_exists
 
 if TYPE_CHECKING:
@@ -194,6 +195,7 @@ def load_tokenizer(name: str):
     Raises:
         ModelError: there is none, or it would need code of its own.
     """
+    transformers_ready()
     from transformers import AutoTokenizer
 
     where = resolve_model(name)
@@ -241,6 +243,8 @@ def load_base(
     import os
 
     import torch
+
+    transformers_ready()
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils import logging as transformers_logging
 

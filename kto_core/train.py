@@ -20,6 +20,7 @@ from . import alive, checkpoints
 from .dry_run import dry_run  # noqa: F401 - a door of this module
 from .errors import Cancelled, ConfigError, DataError, HardwareError, KTOError, ModelError
 from .events import EventLog, read
+from .libraries import transformers_ready
 from .train_data import Planned, plan_data, write_dataset_json
 
 if TYPE_CHECKING:
@@ -324,6 +325,7 @@ def choose_engine(config: RunConfig, events: EventLog) -> str:
     """
     if config.engine in ("trl", "unsloth"):
         return config.engine
+    transformers_ready()
     from transformers import AutoConfig
 
     from .model import local_folder

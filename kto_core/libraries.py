@@ -1,0 +1,29 @@
+"""The first import of transformers, by one thread at a time.
+
+Its package replaces itself in ``sys.modules`` while it is imported. A second thread that asks meanwhile waits for the
+import and is then handed the replaced module, which has no names: ``ImportError: cannot import name 'AutoTokenizer'``.
+The app has such threads: rows are counted, a run starts, a model is loaded.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+
+_lock = threading.RLock()
+
+
+def transformers_ready() -> None:
+    """Import transformers whole; call it before ``from transformers import …`` in what runs in threads.
+
+    Not where Unsloth trains: it has to be imported first (`unsloth_model`), and does so in a process of its own.
+    """
+    with _lock:
+        before = sys.modules.get("transformers")
+        if getattr(before, "_kto_ready", False):
+            return
+        import transformers
+
+        for name in ("AutoConfig", "AutoTokenizer"):
+            getattr(transformers, name)  # its packages replace themselves, too
+        transformers._kto_ready = True

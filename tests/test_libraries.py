@@ -1,0 +1,40 @@
+"""Several threads that need transformers first, at the same moment: counting tokens, a run, a dry run."""
+
+import subprocess
+import sys
+
+from kto_core import paths
+
+SCRIPT = """
+import sys, threading, time
+from kto_core import libraries, model
+if sys.argv[2] == "bare":
+    model.transformers_ready = lambda: None
+problems = []
+def load():
+    try:
+        model.load_tokenizer(sys.argv[1])
+    except ImportError as e:
+        problems.append(str(e))
+threads = [threading.Thread(target=load) for _ in range(4)]
+threads[0].start()
+while "transformers" not in sys.modules:
+    time.sleep(0.0005)
+for t in threads[1:]:
+    t.start()
+for t in threads:
+    t.join()
+print(len(problems))
+"""
+
+
+def problems(model, how: str) -> int:
+    command = [sys.executable, "-c", SCRIPT, str(model), how]
+    done = subprocess.run(command, cwd=paths.ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return int(done.stdout.split()[-1])
+
+
+def test_no_thread_gets_a_half_imported_library(tiny_model):
+    assert problems(tiny_model, "safe") == 0
+    assert problems(tiny_model, "bare") > 0, "without the lock this is a failure; the test would not see one otherwise"
