@@ -104,8 +104,12 @@ def build(*, demo: bool = False, public: bool = False) -> gr.Blocks:
                 demo_panel.build(ctx)
         _header(ctx, status)
         ctx.start_ticking()
-    for fn in blocks.fns.values():  # the page's own calls only: nothing of it is an API for scripts
-        fn.api_visibility = "private"
+        nowhere = gr.State()
+    for fn in blocks.fns.values():
+        fn.api_visibility = "private"  # the page's own calls only: nothing of it is an API for scripts
+        if fn.show_progress == "hidden":
+            # else the browser copies every output of every event that ever ran, twice for each call: seconds with plots
+            fn.show_progress_on = [nowhere]
     return blocks
 
 
