@@ -15,7 +15,7 @@ from ui.context import Context
 
 # through the queue: an error that is raised outside of it shows no toast, but a failed request in the console
 QUICK = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
-HEIGHT = 200  # of a plot, in pixels
+HEIGHT = 210  # of a plot, in pixels
 RUNNING = ("preparing", "training", "stopping")
 
 
@@ -101,8 +101,8 @@ def _plot(name: str) -> gr.LinePlot:
         y="value",
         color="series",
         color_map={s: views.COLORS[s] for s in series.values()},
-        x_title=" ",  # else the column's name
-        y_title=" ",
+        x_title="step",
+        y_title=" ",  # else the column's name
         color_title="",
         colors_in_legend=[],  # Gradio's legend names no series: `views.legend` does
         tooltip="all",
