@@ -112,7 +112,9 @@ def _understood(e: Exception) -> KTOError | None:
         )
     if isinstance(e, MemoryError):
         return HardwareError("The machine ran out of memory. Close other programs, or lower batch size or max_length.")
-    if getattr(e, "errno", None) == 28:
+    from .trainer import no_space
+
+    if no_space(e):
         from .errors import DiskError
 
         return DiskError("The disk is full. Free some space and resume; the checkpoints that are there are whole.")

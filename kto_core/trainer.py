@@ -142,8 +142,8 @@ class _Studio:
                 checkpoints.seal(work / name)
                 checkpoints.put(work / name, root / name)
                 checkpoints.rotate(root, limit)
-        except (OSError, RuntimeError) as e:  # torch and safetensors report a full disk in their own words
-            if not _no_space(e):
+        except Exception as e:  # torch and safetensors report a full disk with errors of their own
+            if not no_space(e):
                 raise
             free = shutil.disk_usage(root).free
             raise DiskError(
@@ -206,7 +206,8 @@ def _quiet():
             datasets.enable_progress_bars()
 
 
-def _no_space(e: BaseException) -> bool:
+def no_space(e: BaseException) -> bool:
+    """Whether an error of any library means that the disk is full."""
     text = str(e)
     full = getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
     return full or "No space left" in text or "file write failed" in text or "unexpected pos" in text

@@ -256,3 +256,17 @@ def test_manifest_names_every_file(killed):
     named = set(json.loads((folder / "manifest.json").read_text())["files"])
     assert named == {p.name for p in folder.iterdir()} - {"manifest.json"}
     assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "meters.json"} <= named
+
+
+def test_full_disk_in_the_words_of_each_library():
+    from safetensors import SafetensorError
+
+    from kto_core.train import _understood
+
+    for error in (
+        OSError(28, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"),
+    ):
+        assert "disk is full" in str(_understood(error))
+    assert _understood(RuntimeError("shapes do not match")) is None
