@@ -185,17 +185,27 @@ def _explained(repo: str, token: str):
         raise HubError(f"{repo} is no name for a repository: {_scrub(_first(e), token)}") from None
     except errors.HfHubHTTPError as e:
         raise HubError(_scrub(_refusal(repo, e), token)) from None
-    except (httpx.HTTPError, OSError) as e:
-        raise HubError(
-            f"The Hub cannot be reached ({type(e).__name__}). Check the network or proxy and try again; nothing was "
-            "published."
-        ) from None
+    except httpx.HTTPError as e:
+        raise HubError(_unreachable(e)) from None
+    except OSError as e:
+        if e.filename:
+            raise HubError(f"{Path(e.filename).name} cannot be read ({e.strerror}). Make it again.") from None
+        raise HubError(_unreachable(e)) from None
     except ValueError as e:
         raise HubError(f"The Hub did not take it: {_scrub(_first(e), token)}") from None
 
 
+def _unreachable(e: BaseException) -> str:
+    return (
+        f"The Hub cannot be reached ({type(e).__name__}). Check the network or proxy and try again; nothing was "
+        "published."
+    )
+
+
 def _refusal(repo: str, e) -> str:
-    code = getattr(e.response, "status_code", 0)
+    if getattr(e, "response", None) is None:
+        return _unreachable(e)
+    code = e.response.status_code
     owner = repo.split("/")[0]
     if code == 401:
         return "The Hub does not accept this token (401). Make a new one with write access and try again."
