@@ -46,11 +46,11 @@ def worker(seed: int) -> dict:
     """One demo in this process."""
     from kto_core import demo
 
-    trained = [0.0]
+    trained: list[float] = []
 
     def progress(share, text: str) -> None:
-        if share is not None and share <= TRAINED:
-            trained[0] = time.process_time()
+        if share is not None and share >= TRAINED and not trained:
+            trained.append(time.process_time())
         print(f"{share or 0:.0%} {text}", file=sys.stderr, flush=True)
 
     before = time.process_time()

@@ -109,7 +109,7 @@ def _train(run, progress: Progress, cancel: threading.Event | None) -> float:
             check_cancel(cancel)
         share = state.step / state.total_steps if state.total_steps else 0.0
         doing = f"Training: step {state.step} of {state.total_steps}" if state.total_steps else state.message
-        progress(0.05 + 0.65 * share if share else 0.02, doing)
+        progress(min(0.7, 0.05 + 0.65 * share) if share else 0.02, doing)
         time.sleep(POLL)
     if state.state != "finished":
         raise RunError(f"The demo's training {state.state}: {state.message}")
