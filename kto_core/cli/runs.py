@@ -28,6 +28,7 @@ def add(commands: argparse._SubParsersAction, argv: list[str]) -> None:
     )
     output.add_json(stop)
     resume = _with_run(actions, "resume", "go on from the last checkpoint, and follow", run_resume)
+    resume.add_argument("--queue", action="store_true", help="if another run trains now, wait for its end")
     output.add_json(resume)
     delete = _with_run(actions, "delete", "delete a run's folder for good", run_delete)
     delete.add_argument("--yes", action="store_true", help="do not ask")
@@ -146,7 +147,7 @@ def run_resume(args: argparse.Namespace) -> int:
 
     r = run.find(args.name)
     with Interrupts() as interrupts:
-        run.resume(r)
+        run.resume(r, queue=args.queue)
         code = follow(r, interrupts)
     if args.json:
         output.emit(summary(r))

@@ -46,6 +46,7 @@ def add(commands: argparse._SubParsersAction, argv: list[str]) -> None:
         action="store_true",
         help="load no weights; say what would be trained, the steps, and whether it fits",
     )
+    train.add_argument("--queue", action="store_true", help="if another run trains now, wait for its end")
     output.add_json(train)
     if next((a for a in argv if not a.startswith("-")), None) == "train":
         _add_fields(train)
@@ -142,11 +143,11 @@ def start(resolved, args: argparse.Namespace) -> int:
         if r is None:
             r = runs.create(resolved)
             output.say(f"Run {r.id}: {resolved.config.model}. Folder: {r.path}")
-            runs.start(r)
+            runs.start(r, queue=args.queue)
         else:
             _say_unused(r, args)
             output.say(f"Run {r.id}: going on from {r.checkpoints()[-1].name}.")
-            runs.resume(r)
+            runs.resume(r, queue=args.queue)
         if r.config().config.worker == "process":
             output.say("It has a process of its own and outlives this terminal ('runs show', 'runs stop').")
         code = follow(r, interrupts)
