@@ -1,0 +1,273 @@
+"""Uploads against a local server that speaks the Hub's HTTP API: bytes, privacy, refusals, cancel, and the token."""
+
+import json
+import os
+import threading
+from types import SimpleNamespace
+
+import pytest
+from exporting import make_run
+from fake_hub import running
+
+from kto_core import checkpoints, export, hub, model_card
+from kto_core.errors import Cancelled, ExportError, HubError
+from kto_core.merging import FACTS
+
+TOKEN = "hf_good"
+REPO = "jane/tuned"
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    with running() as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "hf" / "token"))
+        yield server
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_model):
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KTO_STUDIO_RUNS", str(folder))
+        return make_run(folder / "a-run", tiny_model, str(tiny_model))
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A copy of a trained run, so that each test has its own exports."""
+    import shutil
+
+    from kto_core.run import find
+
+    shutil.copytree(trained.path, tmp_path / "a-run")
+    return find(str(tmp_path / "a-run"))
+
+
+def write_gguf(path, model: str = "x") -> None:
+    """A GGUF without weights: enough to be read, uploaded and described."""
+    import gguf
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name(model)
+    writer.add_file_type(7)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(["<s>", "</s>", "a"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_chat_template("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>{% endfor %}"
+                             "{% if add_generation_prompt %}<|assistant|>{% endif %}")  # fmt: skip
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+# ---- what arrives ---------------------------------------------------------------------------------------------------
+
+
+def test_the_adapter_arrives_byte_for_byte_in_one_commit(server, run):
+    said = []
+    url = export.push(run, REPO, token=TOKEN, progress=lambda f, text: said.append((f, text)))
+    repo = server.repos[REPO]
+    assert url == f"{server.url}/{REPO}" and repo.private and len(repo.commits) == 1
+    sent = set(repo.files) - {"README.md"}
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "chat_template.jinja"} <= sent
+    assert checkpoints.MANIFEST not in sent
+    for name in sent:
+        assert repo.files[name] == (run.adapter / name).read_bytes(), name
+    fractions = [f for f, _ in said if f is not None]
+    assert fractions == sorted(fractions) and said[-1] == (1.0, f"Uploaded to {REPO}, private.")
+
+
+def test_the_card_says_where_it_comes_from_and_no_path(server, run, tmp_path):
+    from huggingface_hub import ModelCard
+
+    export.push(run, REPO, token=TOKEN)
+    text = server.repos[REPO].files["README.md"].decode()
+    card = ModelCard(text)
+    assert card.data.library_name == "peft" and {"kto", "trl", "lora"} <= set(card.data.tags)
+    assert card.data.license is None and card.data.base_model is None  # a folder is nobody else's base
+    assert "8 (5 desirable, 3 undesirable)" in text and "ab" * 32 in text and "`rows.jsonl`" in text
+    assert "rewards/margins | 0.25" in text and "| beta | " in text and "| r | " in text
+    assert export._sha256(run.adapter / "adapter_model.safetensors") in text and run.id in text
+    assert str(tmp_path) not in text and "private place" not in text and "/" + os.sep not in text
+
+
+def test_the_card_of_a_hub_model_names_its_base(run):
+    class Fake(SimpleNamespace):
+        def state(self):
+            return run.state()
+
+    values = run.config().config.model_copy(update={"model": "demo"})
+    data = run.dataset() | {"source": "jane/thumbs"}
+    fake = Fake(id=run.id, config=lambda: SimpleNamespace(config=values), dataset=lambda: data)
+    text = model_card.write(
+        fake, REPO, ["merged", "gguf"], adapter_sha256="f" * 64, files=["a-q8_0.gguf"], dtype="float16"
+    )
+    from huggingface_hub import ModelCard
+
+    data = ModelCard(text).data
+    assert data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct" and data.library_name == "transformers"
+    assert data.datasets == ["jane/thumbs"] and "gguf" in data.tags
+    assert "stored as float16" in text and "`a-q8_0.gguf`" in text
+
+
+def test_merged_model_adapter_and_gguf_in_one_repository(server, run):
+    gguf_path = run.path / "exports" / "gguf" / "m-q8_0.gguf"
+    write_gguf(gguf_path)
+    source = export._source(run.adapter, export._base(run, None))
+    export._record(gguf_path.parent, gguf_path, source, {}, "test")
+    stale = gguf_path.with_name("old-q8_0.gguf")
+    write_gguf(stale)
+    export.push(run, REPO, what=["gguf", "adapter", "merged"], token=TOKEN, private=False)
+    repo = server.repos[REPO]
+    assert not repo.private and len(repo.commits) == 1
+    merged = run.path / "exports" / "merged"
+    assert repo.files["model.safetensors"] == (merged / "model.safetensors").read_bytes()
+    assert repo.files["config.json"] == (merged / "config.json").read_bytes()
+    assert repo.files["m-q8_0.gguf"] == gguf_path.read_bytes()
+    assert b"FROM ./m-q8_0.gguf" in repo.files["Modelfile-q8_0"]
+    # beside the merged weights transformers would apply it a second time
+    assert "adapter/adapter_config.json" in repo.files and "adapter_config.json" not in repo.files
+    assert not {FACTS, "manifest.json", stale.name} & {n.rpartition("/")[2] for n in repo.files}
+
+
+def test_a_second_upload_sends_nothing_and_keeps_what_the_user_wrote(server, run):
+    export.push(run, REPO, token=TOKEN)
+    repo = server.repos[REPO]
+    text = repo.files["README.md"].decode().replace("---\n", "---\nlicense: mit\n", 1)
+    repo.files["README.md"] = text.encode()
+    sent = len(server.objects)
+    export.push(run, REPO, token=TOKEN)
+    assert len(server.objects) == sent and b"license: mit" in repo.files["README.md"]
+    lines = b"".join(server.bodies[1:])
+    assert b"adapter_model.safetensors" not in lines
+
+
+def test_a_card_of_somebody_else_is_left_alone(server, run):
+    export.push(run, REPO, token=TOKEN)
+    own = b"---\ntags:\n- mine\n---\n# My own words\n"
+    server.repos[REPO].files["README.md"] = own
+    export.push(run, REPO, token=TOKEN)
+    assert server.repos[REPO].files["README.md"] == own
+
+
+# ---- refusals -------------------------------------------------------------------------------------------------------
+
+
+def refused(run, match: str, repo: str = REPO, token: str | None = TOKEN, **more) -> str:
+    with pytest.raises(HubError, match=match) as caught:
+        export.push(run, repo, token=token, **more)
+    return str(caught.value)
+
+
+def test_without_a_token(server, run):
+    assert not export.token_present()
+    refused(run, "no access token.*HF_TOKEN", token=None)
+    assert not server.requests
+
+
+def test_the_environment_has_a_token(server, run, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert export.token_present()
+    assert export.push(run, REPO).endswith(REPO)
+
+
+@pytest.mark.parametrize("name", ["", "tuned", "jane/a/b", "jane/..", "../x", "https://x/y", "jane/a b", "jane/a--b"])
+def test_names_that_are_none(run, name):
+    with pytest.raises(HubError, match="owner/name"):
+        export.push(run, name, token=TOKEN)
+
+
+def test_what_is_none(run):
+    for what in ([], "weights", ["adapter", "x"]):
+        with pytest.raises(ExportError, match="adapter, merged, gguf"):
+            export.push(run, REPO, what=what, token=TOKEN)
+
+
+def test_tokens_and_owners_that_are_refused(server, run):
+    refused(run, r"does not accept this token \(401\)", token="hf_wrong")
+    refused(run, r"does not let this token write to jane/tuned \(403\)", token="hf_readonly")
+    refused(run, r"write to joe/tuned \(403\).*write access to joe", repo="joe/tuned")
+    assert not server.repos
+
+
+def test_other_answers(server, run):
+    server.fail["/preupload/"] = 404
+    refused(run, r"finds no jane/tuned .*\(404\)")
+    server.fail = {"/commit/": 400}
+    refused(run, "answered 400")
+    assert not server.repos[REPO].commits
+
+
+def test_no_network(server, run, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    refused(run, "cannot be reached")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    refused(run, "HF_HUB_OFFLINE")
+
+
+def test_a_public_repository_is_not_used_for_a_private_upload(server, run):
+    export.push(run, REPO, token=TOKEN, private=False)
+    refused(run, "everybody can see it")
+    assert len(server.repos[REPO].commits) == 1
+
+
+def test_cancel_publishes_nothing(server, run):
+    server.stall.set()
+    cancel = threading.Event()
+    threading.Thread(target=lambda: (server.uploading.wait(60), cancel.set()), daemon=True).start()
+    with pytest.raises(Cancelled):
+        export.push(run, REPO, token=TOKEN, cancel=cancel)
+    server.stall.clear()
+    assert server.uploading.is_set() and not server.repos[REPO].commits and not server.repos[REPO].files
+
+
+# ---- the token ------------------------------------------------------------------------------------------------------
+
+
+def test_the_token_is_nowhere(server, run, tmp_path, monkeypatch, capfd):
+    """Planted, used in an upload that works and in ones that fail, then looked for in everything there is."""
+    import fake_hub
+
+    secret = "hf_PLANTEDsecret1234567890"
+    monkeypatch.setitem(fake_hub.USERS, secret, "write")
+    said: list[str] = []
+    commands: set[str] = set()
+
+    def progress(_, text):
+        import psutil
+
+        said.append(text)
+        for p in psutil.Process().children(recursive=True):
+            try:
+                commands.update([*p.cmdline(), *p.environ().values()])
+            except psutil.Error:
+                continue
+
+    export.push(run, REPO, token=secret, progress=progress)
+    server.fail["/commit/"] = 400  # the server's message has the token in it
+    (run.adapter / "adapter_config.json").write_text(json.dumps({"changed": 1}))
+    said.append(refused(run, "400", token=secret, progress=progress))
+    server.fail["/whoami-v2"] = 500
+    said.append(refused(run, "problem of its own", token=secret))
+    assert sum(t == secret for _, _, t in server.requests) > 5 and commands
+
+    assert not [text for text in [*said, *commands, *capfd.readouterr()] if secret in text]
+    published = b"".join(server.repos[REPO].files.values()) + b"".join(server.bodies)
+    assert secret.encode() not in published
+    files = [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert len(files) > 5 and not [p for p in files if secret.encode() in p.read_bytes()]
+
+
+def test_tokens_with_blanks_are_refused_without_a_request(server):
+    for token in ("hf_a b", "hf_ä", "hf_a\nb"):
+        with pytest.raises(HubError, match="characters"):
+            hub.require(REPO, token)
+    assert hub.require(f" {REPO} ", f" {TOKEN}\n") == (REPO, TOKEN)
