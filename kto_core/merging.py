@@ -50,9 +50,9 @@ def merge(base: str, adapter: str, part: str, public_base: str, facts: dict) -> 
     folder = Path(part)
     tell(0.02, "Loading the base model…")
     model = _load_plain(base)
+    dtype = _target_dtype(model)  # before the adapter, whose own weights are fp32
     tell(0.4, "Loading the adapter…")
     tuned = models.load_adapter(model, adapter)
-    dtype = _target_dtype(model)
     with torch.no_grad():
         layers, kept = _merge_layers(tuned, dtype)
         model = tuned.unload()
@@ -88,7 +88,11 @@ def _load_plain(base: str):
         )
     try:
         model = AutoModelForCausalLM.from_pretrained(base, **how)
-        return model.dequantize() if quantized == "bitsandbytes" else model
+        if quantized == "bitsandbytes":
+            model = model.dequantize()
+        if quantized:  # else save_pretrained would try to quantize again, the way it was loaded
+            model._weight_conversions = None
+        return model
     except MemoryError as e:
         raise HardwareError("The base model does not fit into memory. Close other programs and try again.") from e
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as e:
@@ -97,15 +101,18 @@ def _load_plain(base: str):
 
 def _target_dtype(model):
     """bf16 and fp16 stay. fp32 becomes fp16, which has 8 times bf16's resolution, if all weights lie in its range."""
+    import collections
+
     import torch
 
-    own = {p.dtype for p in model.parameters() if p.is_floating_point() and p.dim() > 1}
-    if own == {torch.float16}:
-        return torch.float16
-    if torch.float32 not in own:
-        return torch.bfloat16
-    fits = all(float(p.detach().abs().max()) < F16_MAX for p in model.parameters() if p.is_floating_point())
-    return torch.float16 if fits else torch.bfloat16
+    weights = [p.detach() for p in model.parameters() if p.is_floating_point()]
+    count: collections.Counter = collections.Counter()
+    for weight in weights:
+        count[weight.dtype] += weight.numel()
+    own = count.most_common(1)[0][0]  # routers and norms may have another one
+    if own != torch.float32:
+        return own if own == torch.float16 else torch.bfloat16
+    return torch.float16 if all(float(w.abs().max()) < F16_MAX for w in weights) else torch.bfloat16
 
 
 def _merge_layers(tuned, dtype) -> tuple[int, float]:
