@@ -111,10 +111,10 @@ class Context:
         in a gr.State and return gr.skip() when nothing is new.
 
         A skipped output still costs the browser a copy of all that its component shows (seconds, with plots). So the
-        timer asks all ticks at once and has one gr.State for each as its output, its bell; only a tick with something
-        new rings, and is then called again for its outputs. `start_ticking` connects them.
+        timer asks all ticks at once and has a hidden number for each as its output, its bell; only a tick with
+        something new rings, and is then called again for its outputs. `start_ticking` connects them.
         """
-        bell = gr.State(0)
+        bell = gr.Number(0, visible=False)  # a gr.State's change is only heard of through the queue
         inputs = [] if inputs is None else list(inputs)
         quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         bell.change(quiet(fn), inputs, outputs, trigger_mode="always_last", **quick)
@@ -128,7 +128,7 @@ class Context:
             rung, at = [], 0
             for fn, inputs, _ in ticks:
                 mine, bell = values[at : at + len(inputs)], values[at + len(inputs)]
-                rung.append(gr.skip() if _nothing(fn(*mine)) else bell + 1)
+                rung.append(gr.skip() if _nothing(fn(*mine)) else (bell or 0) + 1)
                 at += len(inputs) + 1
             return rung
 
