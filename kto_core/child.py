@@ -207,14 +207,14 @@ def main() -> int:
     except errors.KTOError as e:
         say(error=str(e), kind=type(e).__name__)
         return 1
-    except OSError as e:
-        if e.errno != 28:  # ENOSPC
-            raise
-        say(error="The disk is full. Free some space and try again.", kind="DiskError")
-        return 1
     except MemoryError:
         traceback.print_exc()
         say(error="There is not enough memory. Close other programs and try again.", kind="HardwareError")
+        return 1
+    except Exception as e:  # safetensors' error of a full disk has a class of its own
+        if "No space left on device" not in str(e):
+            raise
+        say(error="The disk is full. Free some space and try again.", kind="DiskError")
         return 1
     return 0
 
