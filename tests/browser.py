@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,24 +26,31 @@ def free_port() -> int:
 @contextlib.contextmanager
 def app(folder: Path, *flags: str, cache: Path | None = None, env: dict | None = None) -> Iterator[str]:
     """``app.py`` with its own runs, data and (if asked) cache below ``folder``; gives the address it prints."""
-    env = os.environ | {
+    env = {
         "KTO_STUDIO_RUNS": str(folder / "runs"),
         "KTO_STUDIO_DATA": str(folder / "data"),
-        "GRADIO_TEMP_DIR": str(folder / "gradio"),
-        "PYTHONUNBUFFERED": "1",
         "HF_HUB_OFFLINE": "1",
         **({"KTO_STUDIO_CACHE": str(cache)} if cache else {}),
         **(env or {}),
     }
     command = [sys.executable, "app.py", "--port", str(free_port()), *flags]
+    with started(command, folder, env) as (url, said):
+        yield url
+        assert "Traceback" not in said(), "the app's terminal has a traceback:\n" + said()[-6000:]
+
+
+@contextlib.contextmanager
+def started(command: list[str], folder: Path, env: dict) -> Iterator[tuple[str, Callable[[], str]]]:
+    """A child that serves the app: (address, what its terminal says so far). Ended at the end."""
+    env = os.environ | {"GRADIO_TEMP_DIR": str(folder / "gradio"), "PYTHONUNBUFFERED": "1"} | env
     child = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    said: list[str] = []
+    lines: list[str] = []
     ready = threading.Event()
     address: list[str] = []
 
     def listen() -> None:
         for line in child.stdout:
-            said.append(line)
+            lines.append(line)
             if found := re.match(r"KTO Studio: (http\S+)", line):
                 address.append(found[1])
                 ready.set()
@@ -51,10 +58,8 @@ def app(folder: Path, *flags: str, cache: Path | None = None, env: dict | None =
 
     threading.Thread(target=listen, daemon=True).start()
     try:
-        assert ready.wait(60) and address, "the app did not start:\n" + "".join(said)
-        yield address[0]
-        problems = [line for line in said if line.startswith("Traceback")]
-        assert not problems, "the app's terminal has a traceback:\n" + "".join(said[-60:])
+        assert ready.wait(90) and address, "the app did not start:\n" + "".join(lines)
+        yield address[0], lambda: "".join(lines)
     finally:
         child.terminate()
         try:

@@ -46,6 +46,7 @@ def theme() -> gr.themes.Base:
         border_color_primary="#e1e4e8",
         border_color_primary_dark="#2c2f35",
         block_shadow="none",
+        block_radius="12px",
         block_label_background_fill="transparent",
         block_label_background_fill_dark="transparent",
         block_label_border_width="0px",
