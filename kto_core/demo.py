@@ -61,7 +61,15 @@ def run_demo(
     training = _train(run, progress, cancel)
 
     def part(start: float, end: float) -> Progress:
-        return lambda f, text: progress(start + (end - start) * (f or 0.0), text)
+        """Progress of one part of the whole, which never goes back."""
+        reached = start
+
+        def tell(share: float | None, text: str) -> None:
+            nonlocal reached
+            reached = max(reached, start + (end - start) * (share or 0.0))
+            progress(reached, text)
+
+        return tell
 
     measured = evaluate.evaluate(run, str(HELD_OUT), samples=0, progress=part(0.7, 0.8), cancel=cancel)
     asked = [json.loads(line)["prompt"] for line in PROMPTS.read_text(encoding="utf-8").splitlines()][:prompts]
