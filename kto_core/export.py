@@ -9,20 +9,20 @@ The work is done in child processes on the CPU: cancel works at any moment, and 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 from . import checkpoints, child, hub, model_card
 from . import gguf as ggufs
+from . import gguf_converter as converters
 from . import modelfile as modelfiles
-from .errors import BusyError, Cancelled, DiskError, ExportError, HardwareError
+from .errors import DiskError, ExportError
+from .export_checks import only_one, require_disk, require_memory
 from .jobs import Progress, check_cancel, no_progress
 from .merging import F16_MAX, FACTS
 
@@ -30,7 +30,6 @@ MANIFEST = "manifest.json"  # in exports/gguf: file name -> what it was made of
 WHAT = ("adapter", "merged", "gguf")
 DEFAULT_QUANT = "q4_k_m"  # made for an upload of GGUF files if there is none
 CHECK_TOKENS = 48
-RESERVE = 100e6  # bytes left free
 FORMAT = 1  # changes when the same inputs would give other files
 NOT_UPLOADED = (checkpoints.MANIFEST, FACTS, "README.md")
 PICKLES = (".bin", ".pt", ".pth", ".pkl")
@@ -52,7 +51,7 @@ def merge(run, *, progress: Progress = no_progress, cancel: threading.Event | No
         BusyError: another export of this run is going on.
         Cancelled: ``cancel`` was set; nothing half-made is left.
     """
-    with _only_one(run):
+    with only_one(run):
         return _merge(run, progress, cancel)
 
 
@@ -68,8 +67,8 @@ def _merge(run, progress: Progress, cancel) -> Path:
         progress(1.0, "The merged model is there already.")
         return folder
     facts = models.model_facts(str(base))
-    _require_disk(run.path, 2.0 * facts.parameters, "The merged model")
-    _require_memory(facts.parameters, facts.quantized, base)
+    require_disk(run.path, 2.0 * facts.parameters, "The merged model")
+    require_memory(facts.parameters, facts.quantized, base)
     checkpoints.clean(folder.parent)
     part = folder.with_name("merged.part")
     part.mkdir()
@@ -130,7 +129,7 @@ def gguf(run, quants, *, progress: Progress = no_progress, cancel: threading.Eve
         DiskError, HardwareError, ModelError, BusyError, Cancelled: as in `merge`.
     """
     names = ggufs.known(quants)
-    with _only_one(run):
+    with only_one(run):
         return _gguf(run, names, progress, cancel)
 
 
@@ -139,7 +138,7 @@ def _gguf(run, names: list[str], progress: Progress, cancel) -> list[Path]:
 
     config = run.config().config
     adapter, facts = _adapter(run), models.model_facts(config.model)
-    ggufs.require_convertible(facts.architecture)
+    converters.require_convertible(facts.architecture)
     base = models.local_folder(config.model, _stage(progress, 0.0, 0.02), cancel)
     source, folder = _source(adapter, base), run.path / "exports" / "gguf"
     paths = {q: folder / f"{_stem(config.model)}-{q}.gguf" for q in ggufs.QUANTS}
@@ -151,12 +150,12 @@ def _gguf(run, names: list[str], progress: Progress, cancel) -> list[Path]:
         progress(1.0, "The GGUF files are there already.")
         return [paths[q] for q in names]
 
-    ggufs.require_convertible(facts.architecture, ggufs.converter(_stage(progress, 0.02, 0.1), cancel))
+    converters.require_convertible(facts.architecture, converters.converter(_stage(progress, 0.02, 0.1), cancel))
     have_f16 = _gguf_is_fresh(paths["f16"], source)
     need = sum(ggufs.QUANTS[q] for q in todo) + (0 if have_f16 or "f16" in todo else ggufs.QUANTS["f16"])
     if not _merge_is_fresh(run.path / "exports" / "merged", source):
         need += 2.0
-    _require_disk(run.path, need * facts.parameters, "Merged model and GGUF files")
+    require_disk(run.path, need * facts.parameters, "Merged model and GGUF files")
     merged = _merge(run, _stage(progress, 0.1, 0.5), cancel)
 
     made_of = merged_facts(merged)
@@ -318,7 +317,7 @@ def push(
         )
     asked = [w for w in WHAT if w in asked]
     repo, secret = hub.require(repo, token)
-    with _only_one(run):
+    with only_one(run):
         adapter = _adapter(run)
         is_private = hub.prepare(repo, private, secret, progress=progress, cancel=cancel)  # before hours of work
         files, dtype = _to_upload(run, adapter, asked, _stage(progress, 0.0, 0.5), cancel)
@@ -392,53 +391,3 @@ def _sha256(file: Path) -> str:
 def _stage(progress: Progress, start: float, end: float) -> Progress:
     """``progress`` for a part of the work, from ``start`` to ``end`` of the whole."""
     return lambda fraction, text: progress(None if fraction is None else start + (end - start) * fraction, text)
-
-
-@contextlib.contextmanager
-def _only_one(run) -> Iterator[None]:
-    """One export of a run at a time, in all processes; the system frees the lock of one that died."""
-    from filelock import FileLock, Timeout
-
-    exports = run.path / "exports"
-    try:
-        exports.mkdir(exist_ok=True)
-        lock = FileLock(exports / ".lock", thread_local=False, is_singleton=False)
-        lock.acquire(timeout=0.2, poll_interval=0.05)
-    except Timeout:
-        raise BusyError(f"Another export of run {run.id} is going on. Wait for it, or cancel it.") from None
-    except OSError as e:
-        raise DiskError(f"The folder {exports} cannot be written ({e.strerror or e}).") from e
-    try:
-        yield
-    except Cancelled:
-        raise
-    except OSError as e:
-        if e.errno == 28:  # ENOSPC
-            raise DiskError(f"The disk of {exports} is full. Free some space and try again.") from e
-        raise
-    finally:
-        lock.release()
-
-
-def _require_disk(folder: Path, needed: float, what: str) -> None:
-    free = shutil.disk_usage(folder).free
-    if needed + RESERVE > free:
-        raise DiskError(
-            f"Not enough room on the disk. {what}: {(needed + RESERVE) / 1e9:.1f} GB; free in {folder}: "
-            f"{free / 1e9:.1f} GB. Free some space, or choose fewer files."
-        )
-
-
-def _require_memory(parameters: int, quantized: str, base: Path) -> None:
-    """The merge holds the whole model, in the dtype of its files, and a converted copy of it for a moment."""
-    import psutil
-
-    own = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    full = (own.get("dtype") or own.get("torch_dtype")) == "float32"
-    per_weight = 6.0 if full else 2.7 if quantized else 2.2
-    needed, free = parameters * per_weight + 1e9, psutil.virtual_memory().available
-    if needed > free:
-        raise HardwareError(
-            f"The merge needs about {needed / 1e9:.1f} GB of memory (not of the GPU), {free / 1e9:.1f} GB are free. "
-            "Close other programs, or merge on a machine with more."
-        )

@@ -37,7 +37,7 @@ def quantize(source: str, out: str, quant: str, threads: int) -> str:
         params.ftype, params.nthread = FTYPES[quant], threads
         code = llama_cpp.llama_model_quantize(source.encode(), out.encode(), ctypes.byref(params))
         if code:
-            raise ExportError(f"llama.cpp could not write {quant} (code {code}). Is there room on the disk?")
+            raise ExportError(f"llama.cpp could not write {quant} (code {code}).")
         return "llama-cpp-python"
     _require_cyllama()
     from cyllama.llama import llama_cpp as native
@@ -47,7 +47,7 @@ def quantize(source: str, out: str, quant: str, threads: int) -> str:
     try:
         native.model_quantize(source, out, params)
     except RuntimeError as e:
-        raise ExportError(f"llama.cpp could not write {quant} ({e}). Is there room on the disk?") from e
+        raise ExportError(f"llama.cpp could not write {quant}: {e}.") from e
     return "cyllama"
 
 

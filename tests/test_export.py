@@ -255,7 +255,7 @@ def test_models_that_llama_cpp_does_not_run_are_refused_before_the_merge(small, 
 
 
 def test_one_export_of_a_run_at_a_time(small):
-    with export._only_one(small), pytest.raises(BusyError, match="Another export"):
+    with export.only_one(small), pytest.raises(BusyError, match="Another export"):
         export.merge(small)
 
 

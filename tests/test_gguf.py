@@ -10,14 +10,14 @@ from types import SimpleNamespace
 import pytest
 from exporting import left_behind
 
-from kto_core import gguf
+from kto_core import gguf, gguf_converter
 from kto_core.errors import Cancelled, DiskError, ExportError
 
-ARCHIVE = f"llama_cpp_python-{gguf.VERSION}"
+ARCHIVE = f"llama_cpp_python-{gguf_converter.VERSION}"
 INSIDE = {
     f"{ARCHIVE}/pyproject.toml": '[build-system]\nrequires = ["scikit-build-core"]\n'
     'build-backend = "scikit_build_core.build"\n[project]\nname = "llama_cpp_python"\ndynamic = ["version"]\n',
-    f"{ARCHIVE}/PKG-INFO": f"Metadata-Version: 2.1\nName: llama-cpp-python\nVersion: {gguf.VERSION}\n",
+    f"{ARCHIVE}/PKG-INFO": f"Metadata-Version: 2.1\nName: llama-cpp-python\nVersion: {gguf_converter.VERSION}\n",
     f"{ARCHIVE}/vendor/llama.cpp/convert_hf_to_gguf.py": "print('converter')\n",
     f"{ARCHIVE}/vendor/llama.cpp/LICENSE": "MIT\n",
     f"{ARCHIVE}/vendor/llama.cpp/conversion/__init__.py": 'TEXT_MODEL_MAP: dict[str, str] = {"Llama": "llama"}\n',
@@ -63,9 +63,9 @@ def add(tar: tarfile.TarFile, name: str, text: str) -> None:
 
 
 def test_the_converter_is_fetched_once_and_mended_if_damaged(index, monkeypatch, tmp_path):
-    monkeypatch.setattr(gguf, "SHA256", put_archive(index))
+    monkeypatch.setattr(gguf_converter, "SHA256", put_archive(index))
     said = []
-    script = gguf.converter(lambda f, text: said.append((f, text)))
+    script = gguf_converter.converter(lambda f, text: said.append((f, text)))
     home = tmp_path / "cache" / "gguf-converter"
     assert script.read_text() == "print('converter')\n" and script.is_relative_to(home)
     kept = {p.relative_to(script.parent).as_posix() for p in script.parent.rglob("*") if p.is_file()}
@@ -74,33 +74,33 @@ def test_the_converter_is_fetched_once_and_mended_if_damaged(index, monkeypatch,
     assert said[-1] == (1.0, "The GGUF converter is ready.") and not left_behind(home)
 
     (index / f"{ARCHIVE}.tar.gz").rename(index / "away")
-    assert gguf.converter() == script  # no pip now
+    assert gguf_converter.converter() == script  # no pip now
     script.write_text("damaged")
     with pytest.raises(ExportError, match="could not be fetched"):
-        gguf.converter()
+        gguf_converter.converter()
     (index / "away").rename(index / f"{ARCHIVE}.tar.gz")
-    assert gguf.converter().read_text() == "print('converter')\n"
+    assert gguf_converter.converter().read_text() == "print('converter')\n"
 
 
 def test_an_archive_with_another_hash_is_not_opened(index, tmp_path):
     put_archive(index)
     with pytest.raises(ExportError, match="hash differs, so it is not used"):
-        gguf.converter()
+        gguf_converter.converter()
     assert [p.name for p in (tmp_path / "cache" / "gguf-converter").iterdir()] == ["lock"]
 
 
 def test_no_network_is_said(index, tmp_path):
     with pytest.raises(ExportError, match="could not be fetched.*Check the network"):
-        gguf.converter()
+        gguf_converter.converter()
     assert not left_behind(tmp_path / "cache")
 
 
 def test_cancel_of_the_fetch_leaves_nothing(index, monkeypatch, tmp_path):
-    monkeypatch.setattr(gguf, "SHA256", put_archive(index))
+    monkeypatch.setattr(gguf_converter, "SHA256", put_archive(index))
     cancel = threading.Event()
     cancel.set()
     with pytest.raises(Cancelled):
-        gguf.converter(cancel=cancel)
+        gguf_converter.converter(cancel=cancel)
     assert not left_behind(tmp_path / "cache")
 
 
@@ -108,7 +108,7 @@ def test_no_room_for_the_converter(index, monkeypatch):
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10_000_000))
     with pytest.raises(DiskError, match="400 MB .* 10 MB are free"):
-        gguf.converter()
+        gguf_converter.converter()
 
 
 def test_only_what_is_wanted_comes_out_of_the_archive(tmp_path):
@@ -119,22 +119,22 @@ def test_only_what_is_wanted_comes_out_of_the_archive(tmp_path):
         link = tarfile.TarInfo(f"{ARCHIVE}/vendor/llama.cpp/conversion/link.py")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(link)
-    gguf._extract(file, tmp_path / "out", None)
+    gguf_converter._extract(file, tmp_path / "out", None)
     assert not (tmp_path / "outside.py").exists() and not list((tmp_path / "out").rglob("link.py"))
     assert not list((tmp_path / "out").rglob("llama.cpp"))
     file.write_bytes(file.read_bytes()[:200])
     with pytest.raises(ExportError, match="broken"):
-        gguf._extract(file, tmp_path / "cut", None)
+        gguf_converter._extract(file, tmp_path / "cut", None)
 
 
 def test_the_real_converter_knows_the_models_of_the_presets():
-    script = gguf.converter()
+    script = gguf_converter.converter()
     for name in ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM", "GptOssForCausalLM"):
-        gguf.require_convertible(name, script)
+        gguf_converter.require_convertible(name, script)
     with pytest.raises(ExportError, match="does not know the architecture NewForCausalLM"):
-        gguf.require_convertible("NewForCausalLM", script)
+        gguf_converter.require_convertible("NewForCausalLM", script)
     with pytest.raises(ExportError, match="GPT-NeoX"):
-        gguf.require_convertible("GPTNeoXForCausalLM")
+        gguf_converter.require_convertible("GPTNeoXForCausalLM")
 
 
 # ---- kinds ----------------------------------------------------------------------------------------------------------
@@ -181,9 +181,11 @@ def test_the_template_is_rendered_in_a_sandbox():
         gguf.render(facts(""), chat)
 
 
-def test_reasons_of_the_converter_are_told():
-    def why(tail: str) -> str:
-        return gguf._why_not_converted(SimpleNamespace(tail=tail, __str__=lambda self: "x"))
-
-    assert "tokenizer" in why("NotImplementedError: BPE pre-tokenizer was not recognized - update get_vocab_base_pre()")
-    assert "disk is full" in why("OSError: [Errno 28] No space left on device")
+def test_reasons_of_failures_are_told(tmp_path, monkeypatch):
+    unknown = "NotImplementedError: BPE pre-tokenizer was not recognized - update get_vocab_base_pre()"
+    assert "tokenizer" in gguf._why_not_converted(SimpleNamespace(tail=unknown))
+    gguf._require_room(tmp_path)
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_000_000))
+    with pytest.raises(DiskError, match=r"is full \(1 MB are free\)"):
+        gguf._require_room(tmp_path)
