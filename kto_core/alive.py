@@ -72,8 +72,9 @@ def acquire(run_dir: str | os.PathLike, name: str = "") -> None:
 
 
 def adopt(run_dir: str | os.PathLike, fd: int) -> None:
-    """Count an inherited open file as this process's lock."""
-    os.set_inheritable(fd, False)
+    """Count an inherited open file as this process's lock; -1: a parent holds it as long as this process lives."""
+    if fd >= 0:
+        os.set_inheritable(fd, False)
     with _table:
         _held[_key(run_dir)] = fd
 
@@ -88,7 +89,7 @@ def release(run_dir: str | os.PathLike) -> None:
     """Close this process's file; the lock falls when nobody else (a child) has it open."""
     with _table:
         fd = _held.pop(_key(run_dir), None)
-    if fd is not None:
+    if fd is not None and fd >= 0:
         os.close(fd)
 
 

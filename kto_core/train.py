@@ -43,7 +43,7 @@ def train(config: RunConfig, run_dir: Path, *, end_on_second_stop: bool = False)
     """
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    if os.environ.get("LOCAL_RANK", "0") != "0":  # a helper of several GPUs: the main process tells and decides
+    if os.environ.get("RANK", "0") != "0":  # a helper of several GPUs: the main process tells and decides
         _train_helper(config, run_dir)
         return
     with alive.holding(run_dir):
@@ -95,7 +95,7 @@ def _train_helper(config: RunConfig, run_dir: Path) -> None:
     """Ranks above 0: the same steps, into a log of their own that nobody shows."""
     from .stopping import StopWatch
 
-    events = EventLog(run_dir / f"rank-{os.environ['LOCAL_RANK']}.log")
+    events = EventLog(run_dir / f"rank-{os.environ['RANK']}.log")
     with StopWatch(run_dir, events) as watch:
         _train(config, run_dir, events, watch)
 
@@ -163,7 +163,7 @@ def _train(config: RunConfig, run_dir: Path, events: EventLog, watch: StopWatch)
 
     root = run_dir / "checkpoints"
     root.mkdir(exist_ok=True)
-    main = os.environ.get("LOCAL_RANK", "0") == "0"
+    main = os.environ.get("RANK", "0") == "0"
     if main:
         checkpoints.clean(run_dir)
         checkpoints.clean(root)

@@ -27,7 +27,8 @@ def main(argv: list[str] | None = None) -> int:
     # a closed terminal must not end a run that outlives the app; a polite kill is a stop
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: (args.run_dir / "stop").touch())
-    if args.lock_fd is not None and os.environ.get("LOCAL_RANK", "0") == "0":
+    main_process = os.environ.get("RANK", "0") == "0"
+    if args.lock_fd is not None and main_process:
         alive.adopt(args.run_dir, args.lock_fd)
     events = EventLog(args.run_dir / "events.jsonl")
     try:
@@ -41,6 +42,8 @@ def main(argv: list[str] | None = None) -> int:
         from .train import train
 
         train(config, args.run_dir, end_on_second_stop=True)
+        if not main_process:  # how it ended is the main process's to say, and it may not have said it yet
+            return 0
     except KTOError as e:
         events.append("error", message=str(e), type=type(e).__name__)
         events.status("failed", message=str(e))

@@ -48,3 +48,22 @@ def test_two_processes_equal_one(tmp_path, demo_model):
     assert len(one) == len(two) == 12
     for a, b in zip(one, two, strict=True):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("engine", ["packed", "trl"])
+def test_a_run_on_two_processes_ends_well(tmp_path, tiny_model, engine):
+    """The product's worker under a launcher: one tells the story, both end with 0, and the log-probs are all there."""
+    from training import make_data, resolved
+
+    from kto_core import run as runs
+
+    data = make_data(tmp_path / "rows.jsonl", 32)
+    one = runs.create(resolved(tiny_model, data, max_steps=3, engine=engine, output_dir=str(tmp_path / "run")))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "PYTHONPATH": str(ROOT),
+           "KTO_STUDIO_CACHE": str(tmp_path / "cache")}  # fmt: skip
+    command = [*launcher, "-m", "kto_core.worker", str(one.path), "--lock-fd", "-1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    state = one.state()
+    assert state.state == "finished" and state.step == 3 and len(state.metrics) == 3 and one.adapter

@@ -209,6 +209,8 @@ class ReferenceScores:
         pairs = [p for p in dict.fromkeys(pairs) if p not in self._values]
         keys = {p: row_key(self.scorer, self.rows.prompt[p[0]], self.rows.completion[p[1]]) for p in pairs}
         known = self.cache.get(keys.values()) if self.cache else {}
+        if self.share is not None:  # one process may have found what another wrote just now: all go by the same list
+            known = self.share(0)[1](known)
         missing: dict[bytes, tuple[int, int]] = {}
         for pair, key in keys.items():
             if key in known:
