@@ -1,0 +1,189 @@
+"""The Train tab in a real browser, with a model that trains in a blink: start, curve, reload, stop, resume, errors."""
+
+import browser
+import pytest
+from training import make_data, make_tiny
+
+from kto_core import config, run
+from kto_core.events import EventLog
+
+EVIL = '<img src="http://127.0.0.1:9/x.png" onerror="window.pwned=1"><script>window.pwned=1</script>'
+DATA = "sums.jsonl"
+STEPS = 20_000  # never reached
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory, demo_model):  # noqa: F811 - the fixture of conftest.py
+    """A cache whose demo model is the two-layer one."""
+    from kto_core import demo_model as maker
+
+    folder = tmp_path_factory.mktemp("cache")
+    make_tiny(folder / "demo" / maker.FOLDER, demo_model)
+    maker._write_manifest(folder / "demo" / maker.FOLDER)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Runs and data of the app of this file."""
+    folder = tmp_path_factory.mktemp("home")
+    (folder / "data").mkdir()
+    make_data(folder / "data" / DATA)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def url(home, cache):
+    with browser.app(home, cache=cache) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with browser.chromium() as found:
+        yield found
+
+
+@pytest.fixture(autouse=True)
+def runs_dir(home, monkeypatch):
+    """Looks where the app looks."""
+    monkeypatch.setenv("KTO_STUDIO_RUNS", str(home / "runs"))
+    yield home / "runs"
+    if (left := run.active()) is not None:  # a test that failed: its run would slow down the others
+        left.stop()
+        browser.until(lambda: not left.alive())
+
+
+@pytest.fixture
+def page(chromium, url):
+    """The Train tab with the data chosen."""
+    with browser.page_of(chromium, url, height=1000) as found:
+        choose_data(found)
+        browser.tab(found, "Train")
+        found.locator("#train-data").get_by_text("24 rows").wait_for()
+        yield found
+
+
+def choose_data(page) -> None:
+    page.locator("#data-table tr[data-index]").first.wait_for()  # the example, which a new page opens with
+    page.locator("#data-pick input").click()
+    page.get_by_role("option", name=DATA).click()
+    page.locator("#data-table").get_by_text("What is 0 plus 0?").first.wait_for()
+
+
+def fill(page, **values) -> None:
+    for name, value in values.items():
+        page.locator(f"#set-{name} input").fill(str(value))
+        page.locator(f"#set-{name} input").blur()
+
+
+def value_of(page, name: str, value) -> None:
+    """Wait until a setting shows this value."""
+    page.wait_for_function(
+        "([name, value]) => document.querySelector(`#set-${name} input`).value === value", arg=[name, str(value)]
+    )
+
+
+def begin(page, steps: int = STEPS) -> str:
+    """Start a run from the form; its id once it is shown."""
+    fill(page, max_steps=steps)
+    page.locator("#train-changed").get_by_text(f"{steps}").wait_for()
+    before = {r.id for r in run.list_runs()}
+    page.locator("#train-start").click()
+    (new,) = browser.until(lambda: {r.id for r in run.list_runs()} - before)
+    page.locator(".run-id", has_text=new).wait_for()
+    return new
+
+
+def in_state(page, *states: str, step: int = 0) -> int:
+    """Wait until the shown run is in one of the states and that far; its step."""
+    page.wait_for_function(
+        "([states, step]) => { const h = document.querySelector('.run-head');"
+        " return h && states.includes(h.dataset.state) && +h.dataset.step >= step }",
+        arg=[list(states), step],
+    )
+    return int(page.locator(".run-head").get_attribute("data-step"))
+
+
+def drawn(page, plot: str = "loss") -> int:
+    """How much of a line a plot has: characters of its path."""
+    return page.locator(f"#plot-{plot}").evaluate(
+        "e => [...e.querySelectorAll('.mark-line path')].reduce((n, p) => n + (p.getAttribute('d') || '').length, 0)"
+    )
+
+
+def test_a_run_from_start_to_resume(page, chromium, url):
+    new = begin(page)
+    first = in_state(page, "training", step=3)
+    page.locator("#plot-loss").wait_for()
+    before = browser.until(lambda: drawn(page))
+    in_state(page, "training", step=first + 5)
+    browser.until(lambda: drawn(page) > before)  # the curve moves
+    assert page.locator("#train-log .logs").inner_text().strip()
+
+    page.reload()  # a reload keeps it
+    browser.tab(page, "Train")
+    page.locator(".run-id", has_text=new).wait_for()
+    seen = in_state(page, "training", step=first)
+    value_of(page, "max_steps", STEPS)
+
+    with browser.page_of(chromium, url, height=1000) as second:  # another window sees it too
+        browser.tab(second, "Train")
+        second.locator(".run-id", has_text=new).wait_for()
+        in_state(second, "training", step=seen)
+
+        page.locator("#train-start").click()  # a second start is refused, with the first one's name
+        toast = page.locator(".toast-body.error")
+        toast.wait_for()
+        assert new in toast.inner_text()
+
+        page.locator("#train-stop").click()
+        stopped = in_state(page, "stopped")
+        assert in_state(second, "stopped") == stopped
+    assert run.find(new).checkpoints(), "a stop saves"
+
+    page.locator("#train-resume").click()
+    in_state(page, "training", step=stopped + 1)
+    assert "stopped" not in page.locator(".run-line").inner_text().lower()
+    page.locator("#train-stop").click()
+    in_state(page, "stopped")
+    assert page.locator("#train-chat").is_visible() and page.locator("#train-export").is_visible()
+
+    page.locator("#train-delete").click()
+    page.locator("#train-confirm").get_by_text(new).wait_for()
+    page.locator("#train-delete-no").click()
+    page.locator("#train-confirm").wait_for(state="hidden")
+    assert run.find(new)
+    page.locator("#train-delete").click()
+    page.locator("#train-delete-yes").click()
+    browser.until(lambda: new not in {r.id for r in run.list_runs()})
+    page.locator(".run-id", has_text=new).wait_for(state="hidden")
+
+
+def test_problems_are_shown_at_once_and_nothing_starts(page):
+    before = len(run.list_runs())
+    fill(page, beta=-1, max_length=3)
+    alert = page.locator("#train-plan [role=alert]")
+    alert.get_by_text("max_length").wait_for()
+    assert "beta" in alert.inner_text()
+    page.locator("#train-start").click()
+    page.locator(".toast-body.error").wait_for()
+    assert len(run.list_runs()) == before
+    page.locator("#train-reset").click()
+    page.locator("#train-plan [data-verdict]").wait_for()
+    value_of(page, "beta", 0.1)
+
+
+def test_html_in_a_log_is_text(page, runs_dir):
+    made = run.create(config.resolve("demo", {}, origin="test"))
+    log = EventLog(made.path / "events.jsonl")
+    log.status("training", total_steps=2)
+    log.log(EVIL)
+    log.append("error", message=EVIL)
+    log.status("failed", message=EVIL)
+    page.locator(".run-id", has_text=made.id).wait_for()
+    assert "onerror" in page.locator("#train-log .logs").inner_text()
+    assert "onerror" in page.locator(".run-message").inner_text()
+    assert page.evaluate("window.pwned") is None
+    assert page.locator("#train-log img, .run-head img").count() == 0
+    made.delete()
