@@ -98,6 +98,7 @@ class Context:
     chosen_run: gr.BrowserState  # id of the run shown in Train, "" = the active or newest one; survives a reload
     advice: gr.State  # weights the Data tab advises, {"desirable_weight": x, …}; Train takes them on change
     chosen_model: gr.State | None = None  # {"model": name, "max_length": n} as Train's form has them
+    form: gr.BrowserState | None = None  # Train's settings; survives a reload (built outside the tabs: see launch)
     demo: bool = False  # app.py --demo
     public: bool = False  # reachable from other machines: show no folders of this one
     ticks: list = field(default_factory=list)  # (fn, inputs, bell) of every `on_tick`

@@ -28,7 +28,7 @@ def build(ctx: Context) -> None:
             shown = train_run.build(ctx)
     ui.form = gr.State(train_form.empty())
     ui.seen = gr.State(None)  # what the plan was made of
-    ui.kept = gr.BrowserState({}, storage_key="kto-studio-form", secret="kto-studio-browser")
+    ui.kept = ctx.form
     _form_events(ctx, ui)
     _start_events(ctx, ui, shown)
 
