@@ -138,7 +138,7 @@ def _exact_view(result: dict, remarks: str) -> str:
         "Steps": f"{result['steps']:,}",
         "Rows": f"{result.get('train_rows', 0):,}" + (f" + {held:,} held out" if held else ""),
         "Rows a step": f"{result['config']['effective_batch_size']:,}",
-        "Longest": f"{data['lengths']['max']:,} tokens",
+        "Longest row": f"{data['lengths']['max']:,}",
     }
     cut = [f"{data['truncated']:,} prompts are cut."] if data.get("truncated") else []
     cut += [f"{data['too_long']:,} rows are too long and left out."] if data.get("too_long") else []

@@ -112,7 +112,7 @@ def tiles(state: RunState) -> str:
     names = [
         ("Loss", "loss", "{:.4f}", "0.5 is where it begins; lower is better"),
         ("Reward margin", "rewards/margins", "{:+.4f}", "Desirable minus undesirable; higher is better"),
-        ("KL", "kl", "{:.4f}", "Distance to the model before training; it should stay small"),
+        ("KL", "kl", "{:.3g}", "Distance to the model before training; it should stay small"),
         ("Learning rate", "learning_rate", "{:.2e}", "Now"),
         ("Tokens a second", "tokens_per_second", "{:,.0f}", "In the last steps"),
         ("GPU memory", "gpu_memory", "{:.1f} GiB", "Reserved by this run"),
