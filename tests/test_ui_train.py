@@ -137,9 +137,16 @@ def test_a_run_from_start_to_resume(page, chromium, url):
         toast.wait_for()
         assert new in toast.inner_text()
 
+        page.locator("#train-queue").click()  # but it can wait for its turn
+        page.locator(".run-message", has_text="Waiting").wait_for()
+        (waiting,) = {r.id for r in run.list_runs()} - {new}
         page.locator("#train-stop").click()
-        stopped = in_state(page, "stopped")
-        assert in_state(second, "stopped") == stopped
+        browser.until(lambda: run.find(waiting).state().terminal)
+        run.find(waiting).delete()
+
+        second.locator("#train-stop").click()
+        stopped = in_state(second, "stopped")
+        assert in_state(page, "stopped") == stopped
     assert run.find(new).checkpoints(), "a stop saves"
 
     page.locator("#train-resume").click()
@@ -147,7 +154,8 @@ def test_a_run_from_start_to_resume(page, chromium, url):
     assert "stopped" not in page.locator(".run-line").inner_text().lower()
     page.locator("#train-stop").click()
     in_state(page, "stopped")
-    assert page.locator("#train-chat").is_visible() and page.locator("#train-export").is_visible()
+    page.locator("#train-chat").wait_for()
+    page.locator("#train-export").wait_for()
 
     page.locator("#train-delete").click()
     page.locator("#train-confirm").get_by_text(new).wait_for()

@@ -29,7 +29,7 @@ _stops: dict[str, threading.Event] = {}  # page -> ends the answer it waits for
 
 def build(ctx: Context) -> None:
     talk = gr.State(chat_session.empty())
-    kept = gr.BrowserState({}, storage_key="kto-studio-chat", secret=BROWSER_KEY)  # the conversation survives a reload
+    kept = ctx.talk or gr.BrowserState({}, storage_key="kto-studio-chat", secret=BROWSER_KEY)  # survives a reload
     with gr.Row(equal_height=False):
         with gr.Column(scale=1, min_width=300):
             model, checkpoint, load, unload, state = _model_controls()

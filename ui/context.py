@@ -99,6 +99,7 @@ class Context:
     advice: gr.State  # weights the Data tab advises, {"desirable_weight": x, …}; Train takes them on change
     chosen_model: gr.State | None = None  # {"model": name, "max_length": n} as Train's form has them
     form: gr.BrowserState | None = None  # Train's settings; survives a reload (built outside the tabs: see launch)
+    talk: gr.BrowserState | None = None  # Chat's conversation, likewise
     demo: bool = False  # app.py --demo
     public: bool = False  # reachable from other machines: show no folders of this one
     ticks: list = field(default_factory=list)  # (fn, inputs, bell) of every `on_tick`

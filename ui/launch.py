@@ -92,13 +92,15 @@ def build(*, demo: bool = False, public: bool = False) -> gr.Blocks:
         chosen_run = gr.BrowserState("", storage_key="kto-studio-run", secret=BROWSER_KEY)
         # inside a tab these would be read when it is opened, too late for what fills the page
         form = gr.BrowserState({}, storage_key="kto-studio-form", secret=BROWSER_KEY)
+        talk = gr.BrowserState({}, storage_key="kto-studio-chat", secret=BROWSER_KEY)
         with gr.Row(elem_id="header"):
             gr.HTML(views.brand())
             status = gr.HTML(views.header_status(None, None), elem_id="header-status")
         demo_room = gr.Column(elem_id="demo-room") if demo else None
         advice, model = gr.State(None), gr.State(train_form.first_model())  # not inside gr.Tabs: they count as tabs
         with gr.Tabs(elem_id="tabs", selected="data") as tabs:
-            ctx = Context(blocks, tabs, timer, chosen_data, chosen_run, advice, model, form, demo=demo, public=public)
+            kept = {"chosen_data": chosen_data, "chosen_run": chosen_run, "form": form, "talk": talk}
+            ctx = Context(blocks, tabs, timer, advice=advice, chosen_model=model, **kept, demo=demo, public=public)
             for name, tab in (("data", data_tab), ("train", train_tab), ("chat", chat_tab), ("export", export_tab)):
                 with gr.Tab(name.capitalize(), id=name, elem_id=f"tab-{name}"):
                     tab.build(ctx)

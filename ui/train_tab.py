@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 
 import gradio as gr
@@ -74,6 +75,7 @@ def _plan(ui) -> None:
         ui.changed = gr.HTML("", elem_id="train-changed", show_label=False)
         with gr.Row():
             ui.start = gr.Button(START, variant="primary", scale=3, min_width=140, elem_id="train-start")
+            ui.queue = gr.Button("Start after it", visible=False, scale=1, min_width=120, elem_id="train-queue")
             ui.check = gr.Button("Dry run", scale=1, min_width=90, elem_id="train-check")
             ui.reset = gr.Button("Reset", scale=1, min_width=80, interactive=False, elem_id="train-reset")
 
@@ -210,8 +212,8 @@ def _form_events(ctx: Context, ui) -> None:
 def _start_events(ctx: Context, ui, shown: train_run.Shown) -> None:
     typed = [ui.preset, ui.model, ui.adapter, *ui.values]
 
-    def start(data_id: str, *values):
-        """Create the run and start it; the page shows it from its folder."""
+    def start(data_id: str, *values, queue: bool = False):
+        """Create the run and start it, or have it wait for the one that trains; the page shows it from its folder."""
         form = train_form.read(*values)
         if not data_id:
             raise DataError("Choose a data set in the Data tab first.")
@@ -221,11 +223,11 @@ def _start_events(ctx: Context, ui, shown: train_run.Shown) -> None:
         loaded = sources.peek(data_id)
         if loaded is not None and loaded.report.problem:
             raise DataError(loaded.report.problem)
-        if (other := runs.active()) is not None:
-            raise RunError(f"Run {other.id} is training. Stop it or wait for its end, then start this one.")
+        if (other := runs.active()) is not None and not queue:
+            raise RunError(f"Run {other.id} is training. Stop it, wait for its end, or press “Start after it”.")
         run = runs.create(found)
         try:
-            runs.start(run)
+            runs.start(run, queue=queue)
         finally:
             live.forget()
         return run.id, *shown.everything(run.id)
@@ -239,4 +241,19 @@ def _start_events(ctx: Context, ui, shown: train_run.Shown) -> None:
     ui.start.click(
         ctx.guarded(start), [ctx.chosen_data, *typed], [ctx.chosen_run, *shown.outputs], trigger_mode="once", **QUICK
     ).then(lambda: START, None, [ui.start], **QUICK)
+    ui.queue.click(
+        ctx.guarded(functools.partial(start, queue=True)),
+        [ctx.chosen_data, *typed],
+        [ctx.chosen_run, *shown.outputs],
+        trigger_mode="once",
+        **QUICK,
+    )
+    busy = gr.State(False)
+
+    def tick(before: bool):
+        """A second run can wait while one trains."""
+        now = live.active() is not None
+        return (gr.skip(), gr.skip()) if now == before else (gr.update(visible=now), now)
+
+    ctx.on_tick(tick, [ui.queue, busy], [busy])
     ui.check.click(ctx.guarded(check), [ctx.chosen_data, *typed], [ui.plan], **QUICK)
