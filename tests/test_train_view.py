@@ -123,7 +123,7 @@ def test_a_dry_run_answers_in_the_background_with_exact_numbers(data, demo_model
     assert job.state == "done", job.error
     assert train_plan.signature(form(), data) != before
     shown = train_plan.view(form(), data)
-    assert "Checked: every row fits." in shown and "<span>Longest</span>" in shown
+    assert "Checked: every row fits." in shown and "<span>Longest row</span>" in shown
     assert "Checked" not in train_plan.view(form(beta=0.2), data)  # another form is another plan
 
 
