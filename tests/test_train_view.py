@@ -198,6 +198,16 @@ def test_ten_thousand_points_are_thinned_in_every_plot(data, side):
     assert frames and all(f.groupby("series").size().max() <= views.POINTS for f in frames if len(f))
 
 
+def test_a_plot_knows_all_its_series_from_the_first_point_on(data, side):
+    """A series that came later would have no color: held-out rows are first measured after many steps."""
+    made = make_run(data, state="finished")
+    frames = [
+        v["value"] for v in side[0].everything(made.id) if isinstance(v, dict) and hasattr(v.get("value"), "columns")
+    ]
+    loss = frames[0]
+    assert set(loss["series"]) == {"training", "held out"} and loss[loss["series"] == "held out"]["value"].isna().all()
+
+
 # ---- the demo
 
 

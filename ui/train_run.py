@@ -196,8 +196,11 @@ def _lines(run) -> list:
 
 
 def _points(state, name: str):
+    """One plot's update. A series without a point yet has an empty one: a plot knows the colors it began with only."""
     points = views.curve(state, name)
-    return gr.update(value=frame(points), visible=bool(points))
+    missing = set(views.CURVES[name][1].values()) - {p["series"] for p in points}
+    empty = [{"step": points[0]["step"], "value": None, "series": series} for series in missing] if points else []
+    return gr.update(value=frame(points + empty), visible=bool(points))
 
 
 def _label(run) -> str:
