@@ -118,10 +118,10 @@ class _beside:
         os.replace(self.part, self.path)
 
 
-def _threads() -> int:
-    """What the user allows with OMP_NUM_THREADS, else the cores this process may use."""
+def _threads(share: float = 1.0) -> int:
+    """What the user allows with OMP_NUM_THREADS, else a share of the cores this process may use."""
     allowed = os.environ.get("OMP_NUM_THREADS", "")
-    return int(allowed) if allowed.isdigit() and int(allowed) else len(os.sched_getaffinity(0))
+    return int(allowed) if allowed.isdigit() and int(allowed) else max(1, int(share * len(os.sched_getaffinity(0))))
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
@@ -214,7 +214,8 @@ def prompt_text(facts: Facts, prompt: str) -> str:
 
 def check(path: Path, prompt: str, max_tokens: int, *, progress: Progress = no_progress, cancel=None) -> dict:
     """`gguf_native.check` in a child."""
-    arguments = {"path": str(path), "prompt": prompt, "max_tokens": max_tokens, "threads": _threads()}
+    # half: llama.cpp's threads wait for each other at every layer, and one that finds its core busy holds up all
+    arguments = {"path": str(path), "prompt": prompt, "max_tokens": max_tokens, "threads": _threads(0.5)}
     return child.call(
         "gguf_native", "check", arguments, what="The check in llama.cpp", progress=progress, cancel=cancel
     )
