@@ -74,4 +74,5 @@ def captured(events: EventLog, file: Path):
         for logger in loggers:
             logger.removeHandler(to_events)
             logger.removeHandler(to_file)
-        to_file.close()
+        with contextlib.suppress(OSError):  # a full disk: what is not written is lost, the run's state is not
+            to_file.close()
