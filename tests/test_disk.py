@@ -47,13 +47,13 @@ def left(run) -> list[str]:
 
 @pytest.mark.parametrize("work", ["merge", "gguf"])
 def test_export_says_what_it_needs(run, monkeypatch, work):
-    from kto_core import gguf, model
+    from kto_core import gguf_converter, model
 
     free(monkeypatch, 12 * GB)
     facts = dataclasses.replace(model.model_facts(run.config().config.model), parameters=7 * GB)
     monkeypatch.setattr(model, "model_facts", lambda name: facts)
-    monkeypatch.setattr(gguf, "converter", lambda *a: None)
-    monkeypatch.setattr(gguf, "require_convertible", lambda *a: None)
+    monkeypatch.setattr(gguf_converter, "converter", lambda *a: None)
+    monkeypatch.setattr(gguf_converter, "require_convertible", lambda *a: None)
     needed = {"merge": "14.1", "gguf": "28.1"}[work]  # 2 bytes a weight: merged, f16; and 0.1 that stay free
     with pytest.raises(DiskError, match=rf"{needed} GB; free in .*: 12\.0 GB. Free some space"):
         export.merge(run) if work == "merge" else export.gguf(run, ["f16"])
