@@ -39,7 +39,7 @@ def chat(page) -> None:
     page.locator("#train-chat").click()
     page.locator("#chat-load").wait_for()
     page.locator("#chat-load").click()
-    page.locator("#chat-status").get_by_text("run").first.wait_for(timeout=LONG)
+    page.locator("#chat-status .note-good").wait_for(timeout=LONG)
     page.locator("#chat-message textarea").fill(QUESTION)
     page.locator("#chat-send").click()
     page.locator("#chat-stats").get_by_text("tokens").wait_for(timeout=LONG)
