@@ -14,6 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 60_000  # milliseconds a condition may take on a busy machine
+LEAVING = re.compile(r"AbortError|Connection errored out")  # Gradio's words for requests that a reload cut off
 IGNORED = re.compile(r"ResizeObserver loop|preloaded using link preload|downloadable font")
 
 
@@ -110,7 +111,8 @@ def watch(page, url: str, problems: list[str]) -> None:
     """Collect what goes wrong in a page."""
 
     def on_console(message) -> None:
-        if message.type == "error" and not IGNORED.search(message.text):
+        cut_off = page in _reloading and LEAVING.search(message.text)
+        if message.type == "error" and not cut_off and not IGNORED.search(message.text):
             problems.append(f"console: {message.text}")
 
     def on_request(request) -> None:
@@ -120,6 +122,19 @@ def watch(page, url: str, problems: list[str]) -> None:
     page.on("pageerror", lambda e: problems.append(f"script: {e}"))
     page.on("console", on_console)
     page.on("request", on_request)
+
+
+_reloading: set = set()
+
+
+def reload(page) -> None:
+    """Reload the page; that requests of the old one are cut off is no problem of ours."""
+    _reloading.add(page)
+    try:
+        page.reload()
+        page.get_by_role("tab").last.wait_for()
+    finally:
+        _reloading.discard(page)
 
 
 def tab(page, name: str) -> None:

@@ -279,7 +279,7 @@ def test_the_data_tab_end_to_end(mixed, tmp_path, demo_model):
         # the advice is taken, and a reload keeps the data set
         page.locator("button#data-use-weight").click()
         page.get_by_text("in the Train tab").first.wait_for()
-        page.reload()
+        browser.reload(page)
         place.get_by_text("1–50 of 130 rows").wait_for()
 
 

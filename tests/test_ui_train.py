@@ -121,7 +121,7 @@ def test_a_run_from_start_to_resume(page, chromium, url):
     browser.until(lambda: drawn(page) > before)  # the curve moves
     assert page.locator("#train-log .logs").inner_text().strip()
 
-    page.reload()  # a reload keeps it
+    browser.reload(page)  # a reload keeps it
     browser.tab(page, "Train")
     page.locator(".run-id", has_text=new).wait_for()
     seen = in_state(page, "training", step=first)

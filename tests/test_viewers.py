@@ -42,18 +42,24 @@ def training(tiny, tmp_path):
 
 def watch(run, seconds: float, pause: float) -> list[float]:
     """Seconds of each tick of eight pages, which all end at the same step."""
-    from ui import train_run
+    import gradio as gr
 
+    from ui import train_run
+    from ui.context import Context
+
+    with gr.Blocks() as blocks:
+        parts = train_run.build(Context(blocks, gr.Tabs(), gr.Timer(), *(gr.State("") for _ in range(3)))).parts
     ticks, last, errors = [], [], []
     end = time.monotonic() + seconds
 
     def page():
-        seen, step = None, 0
+        seen, step = [None] * len(parts), 0
         try:
             while time.monotonic() < end:
                 began = time.perf_counter()
-                new = train_run.refresh(run.id, seen)[-1]
-                seen = seen if isinstance(new, dict) else new  # a dict: nothing new, all is skipped
+                for i, part in enumerate(parts):
+                    new = train_run.tick(part)(run.id, seen[i])[-1]
+                    seen[i] = seen[i] if isinstance(new, dict) else new  # a dict: nothing new, all is skipped
                 state = runs.Run(run.path).state()
                 ticks.append(time.perf_counter() - began)
                 assert state.step >= step and not state.terminal

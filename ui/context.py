@@ -127,10 +127,10 @@ class Context:
         ticks = list(self.ticks)
 
         def ask(*values):
-            rung, at = [], 0
-            for fn, inputs, _ in ticks:
+            rung, at = {}, 0  # not a list: of a page with one tick it would be that bell's value
+            for fn, inputs, own in ticks:
                 mine, bell = values[at : at + len(inputs)], values[at + len(inputs)]
-                rung.append(gr.skip() if _nothing(fn(*mine)) else (bell or 0) + 1)
+                rung[own] = gr.skip() if _nothing(fn(*mine)) else (bell or 0) + 1
                 at += len(inputs) + 1
             return rung
 

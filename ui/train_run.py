@@ -211,20 +211,23 @@ def _size(folder: Path) -> str:
     return views.size(sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()))
 
 
+def tick(part: Part) -> Callable:
+    """(chosen run's id, what was shown last) -> the part's values and what is shown now, or all skipped."""
+
+    def new(run_id: str, seen):
+        run = chosen(run_id)
+        now = part.key(run)
+        return [gr.skip()] * (len(part.components) + 1) if now == seen else [*part.values(run), now]
+
+    return new
+
+
 # ---- what is done
 
 
 def _wire(ctx: Context, shown: Shown, picker, plots: list, buttons: dict, confirm, sure) -> None:
     outputs = shown.outputs
     chosen_too = [ctx.chosen_run, *outputs]
-
-    def ticking(part: Part):
-        def tick(run_id: str, seen):
-            run = chosen(run_id)
-            now = part.key(run)
-            return [gr.skip()] * (len(part.components) + 1) if now == seen else [*part.values(run), now]
-
-        return tick
 
     def pick(run_id: str | None):
         return (run_id or "", *shown.everything(run_id or ""))
@@ -271,7 +274,7 @@ def _wire(ctx: Context, shown: Shown, picker, plots: list, buttons: dict, confir
         return [gr.update(x_lim=None)] * len(plots)
 
     for part in shown.parts:
-        ctx.on_tick(ticking(part), [*part.components, part.seen], [ctx.chosen_run, part.seen])
+        ctx.on_tick(tick(part), [*part.components, part.seen], [ctx.chosen_run, part.seen])
     ctx.on_load(shown.everything, outputs, [ctx.chosen_run])
     picker.input(ctx.guarded(pick), [picker], chosen_too, **QUICK)
     buttons["stop"].click(None, None, [buttons["stop"]], js="() => 'Stopping…'", queue=False)  # before the server does
