@@ -24,7 +24,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 MARK = "RESULT "
-TRAINED = 0.7  # run_demo's progress up to here is the training
 PACKAGES = ("torch", "transformers", "trl", "peft")
 
 
@@ -49,7 +48,7 @@ def worker(seed: int) -> dict:
     trained: list[float] = []
 
     def progress(share, text: str) -> None:
-        if share is not None and share >= TRAINED and not trained:
+        if share is not None and share >= demo.TRAINED and not trained:
             trained.append(time.process_time())
         print(f"{share or 0:.0%} {text}", file=sys.stderr, flush=True)
 

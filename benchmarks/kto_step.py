@@ -348,7 +348,7 @@ def main(argv=None) -> int:
     else:
         print(f"{'':14}{'rows/s':>10}{'tokens/s':>10}{'peak GiB':>10}")
         for name, values in result["engines"].items():
-            for kind, v in (values.items() if "cold" in values else [("", values)]):
+            for kind, v in values.items() if "cold" in values else [("", values)]:
                 if "rows_per_s" in v:
                     label = f"{name} {kind}".strip()
                     print(f"{label:14}{v['rows_per_s']:10.2f}{v['tokens_per_s']:10.0f}{v['peak_gib']:10.2f}")

@@ -97,9 +97,7 @@ class RunConfig(BaseModel):
     )
 
     # optimization
-    per_device_train_batch_size: int = _field(
-        4, "Rows of one micro-batch on one GPU.", "--batch-size", ge=1, le=1024
-    )
+    per_device_train_batch_size: int = _field(4, "Rows of one micro-batch on one GPU.", "--batch-size", ge=1, le=1024)
     gradient_accumulation_steps: int = _field(
         8, "Micro-batches added up before the weights change.", "--gradient-accumulation", ge=1, le=4096
     )

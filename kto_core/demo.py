@@ -22,6 +22,7 @@ SHORT = 15  # words; an answer of at most so many counts as short
 ANSWER_TOKENS = 96
 SAMPLES = 3
 POLL = 0.2  # seconds
+PREPARED, TRAINED = 0.25, 0.7  # shares of the whole, by the time they take
 
 
 def run_demo(
@@ -71,7 +72,7 @@ def run_demo(
 
         return tell
 
-    measured = evaluate.evaluate(run, str(HELD_OUT), samples=0, progress=part(0.7, 0.8), cancel=cancel)
+    measured = evaluate.evaluate(run, str(HELD_OUT), samples=0, progress=part(TRAINED, 0.8), cancel=cancel)
     asked = [json.loads(line)["prompt"] for line in PROMPTS.read_text(encoding="utf-8").splitlines()][:prompts]
     loaded = chat.Chat.load(run, cancel=cancel)
     try:
@@ -106,7 +107,7 @@ def habit(answers: list[str]) -> dict:
 
 
 def _train(run, progress: Progress, cancel: threading.Event | None) -> float:
-    """Train to the end; the seconds it took. Progress takes the first 70 %."""
+    """Train to the end; the seconds it took. Progress goes to `TRAINED`."""
     from . import run as runs
 
     started = time.monotonic()
@@ -115,9 +116,12 @@ def _train(run, progress: Progress, cancel: threading.Event | None) -> float:
         if cancel is not None and cancel.is_set():
             _stop(run)
             check_cancel(cancel)
-        share = state.step / state.total_steps if state.total_steps else 0.0
-        doing = f"Training: step {state.step} of {state.total_steps}" if state.total_steps else state.message
-        progress(min(0.7, 0.05 + 0.65 * share) if share else 0.02, doing)
+        if state.state != "preparing" and state.total_steps:
+            share = PREPARED + (TRAINED - PREPARED) * state.step / state.total_steps
+            progress(min(TRAINED, share), f"Training: step {state.step} of {state.total_steps}")
+        else:
+            scored = (state.prepared or 0.0) if state.message.startswith("Scoring") else 0.0  # the long part of it
+            progress(0.02 + (PREPARED - 0.02) * scored, state.message)
         time.sleep(POLL)
     if state.state != "finished":
         raise RunError(f"The demo's training {state.state}: {state.message}")

@@ -1,16 +1,16 @@
 """The exceptions a user may meet. Every message is one or two sentences: what happened, and what to do.
 
-    KTOError
-     ├─ DataError        a file, a row or a data set cannot be used
-     ├─ ConfigError      one or more fields of a RunConfig are wrong (`problems` has them all)
-     ├─ ModelError       a model cannot be found, read or trained
-     ├─ HardwareError    no GPU, not enough memory
-     ├─ BusyError        the GPU, or a run, is in use by somebody else
-     ├─ RunError         a run folder cannot be created, found, stopped or resumed
-     ├─ DiskError        not enough free space, or a folder that cannot be written
-     ├─ ExportError      merge, GGUF or check failed
-     ├─ HubError         the Hub refused, or cannot be reached
-     └─ Cancelled        the user stopped a long job (not a failure)
+KTOError
+ ├─ DataError        a file, a row or a data set cannot be used
+ ├─ ConfigError      one or more fields of a RunConfig are wrong (`problems` has them all)
+ ├─ ModelError       a model cannot be found, read or trained
+ ├─ HardwareError    no GPU, not enough memory
+ ├─ BusyError        the GPU, or a run, is in use by somebody else
+ ├─ RunError         a run folder cannot be created, found, stopped or resumed
+ ├─ DiskError        not enough free space, or a folder that cannot be written
+ ├─ ExportError      merge, GGUF or check failed
+ ├─ HubError         the Hub refused, or cannot be reached
+ └─ Cancelled        the user stopped a long job (not a failure)
 """
 
 from __future__ import annotations

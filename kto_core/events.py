@@ -101,11 +101,13 @@ class RunState:
     total_steps: int = 0
     epoch: float = 0.0
     eta: float | None = None  # seconds
+    prepared: float | None = None  # share done of what the message says, while it prepares
     started: float | None = None  # unix time of the first event
     updated: float | None = None  # unix time of the last event
     metrics: list[dict] = field(default_factory=list)  # each has "step" and "t"
     logs: list[dict] = field(default_factory=list)  # each has "t", "text", "level"
-    checkpoints: list[dict] = field(default_factory=list)  # each has "step" and "path"
+    phases: list[dict] = field(default_factory=list)  # each has "t" and "text": what status events said, numbers apart
+    checkpoints: list[dict] = field(default_factory=list)  # each has "step", "path" and "t"
     error: str = ""
 
     @property
@@ -143,7 +145,7 @@ def fold(events: Iterable[dict], state: RunState | None = None) -> RunState:
         elif kind == "log":
             state.logs.append({"t": t, "text": str(e.get("text", "")), "level": e.get("level", "info")})
         elif kind == "checkpoint":
-            state.checkpoints.append({"step": e.get("step"), "path": e.get("path")})
+            state.checkpoints.append({"step": e.get("step"), "path": e.get("path"), "t": t})
         elif kind == "error":
             state.error = str(e.get("message", ""))
             state.logs.append({"t": t, "text": state.error, "level": "error"})
@@ -153,6 +155,10 @@ def fold(events: Iterable[dict], state: RunState | None = None) -> RunState:
 def _fold_status(state: RunState, e: dict) -> None:
     state.state = e.get("state", state.state)
     state.message = e.get("message", "")
+    state.prepared = e.get("fraction")
+    phase = state.message.split(":")[0] if "fraction" in e else state.message
+    if phase and (not state.phases or state.phases[-1]["text"] != phase):
+        state.phases.append({"t": e.get("t"), "text": phase})
     state.total_steps = e.get("total_steps") or state.total_steps
     if state.state not in TERMINAL:
         state.error = ""

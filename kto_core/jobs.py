@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from .errors import Cancelled, KTOError
 
+TELLING = 0.05  # of a job: what remains is told from here on
 Progress = Callable[[float | None, str], None]
 
 
@@ -47,8 +48,8 @@ class Job:
 
     @property
     def eta(self) -> float | None:
-        """Seconds left, from the share done so far."""
-        if not self.running or not self.fraction:
+        """Seconds left, from the share done so far; None while that is too little to tell."""
+        if not self.running or not self.fraction or self.fraction < TELLING:
             return None
         return (time.time() - self.started) * (1 - self.fraction) / self.fraction
 

@@ -136,7 +136,8 @@ class _Progress:
         head = text.split(":")[0]
         if head != self.head or time.monotonic() - self.last > 1:
             self.head, self.last = head, time.monotonic()
-            self.events.status("preparing", message=text)
+            share = {} if fraction is None else {"fraction": round(fraction, 3)}
+            self.events.status("preparing", message=text, **share)
 
 
 def _train(config: RunConfig, run_dir: Path, events: EventLog, watch: StopWatch) -> tuple[str, str]:
@@ -172,7 +173,7 @@ def _train(config: RunConfig, run_dir: Path, events: EventLog, watch: StopWatch)
         events.log(sentence, "warning")
     if main:
         write_dataset_json(data, config, run_dir, resuming=checkpoint is not None)
-    for sentence in data.remarks:
+    for sentence in [*data.remarks, data.summary]:
         events.log(sentence)
     train_checks.check_disk(config, facts, run_dir, planned_steps(config, len(data.train_rows)))
 
@@ -339,6 +340,7 @@ def choose_engine(config: RunConfig, events: EventLog) -> str:
     except ImportError as e:
         ok, reason = False, f"it cannot be loaded ({e})."
     if ok:
+        events.log("Engine: packed.")
         return "packed"
     if config.engine == "packed":
         raise ModelError(f"The packed engine cannot train {config.model}: {reason} Choose engine `auto` or `trl`.")

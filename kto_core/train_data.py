@@ -43,6 +43,15 @@ class Planned:
         return [len(e.prompt_ids) + len(e.completion_ids) for e in self.train]
 
     @property
+    def summary(self) -> str:
+        """How many rows of which label train, and how long they are."""
+        good, held = sum(self.labels), f", {len(self.test):,} held out" if self.test else ""
+        return (
+            f"{len(self.labels):,} rows train: {good:,} desirable, {len(self.labels) - good:,} undesirable{held}. "
+            f"The longest has {max(self.lengths):,} tokens."
+        )
+
+    @property
     def order_sha256(self) -> str:
         """Of the token ids in their order: what a resumed run must find again."""
         digest = hashlib.sha256()

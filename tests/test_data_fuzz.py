@@ -139,9 +139,7 @@ def test_any_json(objects, wrapped):
 
 
 @QUICK
-@given(
-    st.binary(max_size=200), st.sampled_from(FILES)
-)
+@given(st.binary(max_size=200), st.sampled_from(FILES))
 def test_any_bytes(data, name):
     read(name, data)
 

@@ -57,9 +57,10 @@ def test_nexus(shared_data):
     found = loaded.report.to_dict()
     assert (found["rows"], found["kept"], found["dropped"]) == (4572, 4570, {"no assistant turn": 2})
     assert (found["desirable"], found["undesirable"], found["changed"]) == (2284, 2286, {})
-    assert sums_hold(loaded.report) and loaded.sha256 == hashlib.sha256(
-        (shared_data / "nexus_behaviors.jsonl").read_bytes()
-    ).hexdigest()
+    assert (
+        sums_hold(loaded.report)
+        and loaded.sha256 == hashlib.sha256((shared_data / "nexus_behaviors.jsonl").read_bytes()).hexdigest()
+    )
     raw = [json.loads(line) for line in (shared_data / "nexus_behaviors.jsonl").read_bytes().splitlines()]
     lost = {i["line"] for i in loaded.report.issues}
     for row in loaded.rows:
@@ -560,7 +561,7 @@ def test_page(shared_data):
     assert call["completion"] and call["turns"] >= 2 and call["line"] >= 1 and isinstance(call["system"], bool)
 
 
-@pytest.mark.parametrize("needle", ["café", "CAFÉ", "ß", "strasse", "a/b", "say \"x\"", "tab\t", "€", "kelvin", "1.5"])
+@pytest.mark.parametrize("needle", ["café", "CAFÉ", "ß", "strasse", "a/b", 'say "x"', "tab\t", "€", "kelvin", "1.5"])
 def test_search_finds_what_is_written_in_any_way(tmp_path, needle):
     texts = ["Café", "straße STRASSE", "a/b", 'say "x"', "tab\there", "5 € \u212aelvin"]
     objects = [{"prompt": t, "completion": "A.", "label": True, "score": 1.5} for t in texts]

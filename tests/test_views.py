@@ -53,6 +53,7 @@ def test_every_state_has_a_word(name):
 
 def test_fraction_never_leaves_its_range():
     assert views.fraction(state({"kind": "status", "state": "preparing"})) is None
+    assert views.fraction(state({"kind": "status", "state": "preparing", "fraction": 0.25})) == 0.25
     assert views.fraction(training(3, 2)) == 1.0
     assert views.fraction(state({"kind": "status", "state": "finished"})) == 1.0
 
@@ -72,6 +73,26 @@ def test_logs_show_the_last_lines_and_count_the_rest():
     shown = views.logs(many)
     assert f"line {views.LOG_LINES + 6}" in shown and ">line 6<" not in shown and "7 earlier lines" in shown
     assert "Nothing was logged" in views.logs(state())
+
+
+def test_the_log_tells_phases_steps_and_checkpoints_in_their_order():
+    shown = views.logs(
+        state(
+            {"kind": "status", "state": "preparing", "message": "Scoring the reference model: 1 of 9", "fraction": 0.1},
+            {"kind": "status", "state": "preparing", "message": "Scoring the reference model: 8 of 9", "fraction": 0.9},
+            {"kind": "status", "state": "training", "message": "Training: 4 steps.", "total_steps": 4},
+            {"kind": "metric", "step": 2, "loss": 0.5, "rewards/margins": 0.25, "kl": 0.01},
+            {"kind": "checkpoint", "step": 2, "path": "p"},
+        )
+    )
+    expected = [
+        "Scoring the reference model<",
+        "Training: 4 steps.",
+        "step 2/4  loss 0.5000  margin +0.2500",
+        "step 2 saved",
+    ]
+    places = [shown.index(text) for text in expected]
+    assert places == sorted(places) and shown.count("Scoring") == 1
 
 
 def test_tiles_show_only_what_is_known():

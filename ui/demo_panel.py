@@ -14,7 +14,7 @@ import gradio as gr
 
 from kto_core import jobs
 from kto_core.errors import BusyError, RunError
-from ui import jobs_view, live, views
+from ui import jobs_view, live
 from ui.context import Context
 
 JOB = "Demo "
@@ -33,21 +33,20 @@ def build(ctx: Context) -> None:
                 elem_classes="panel-head",
             )
             start = gr.Button(RUN_DEMO, variant="primary", scale=0, min_width=150, elem_id="demo-start")
-        jobs_view.build(ctx, JOB)
-        head = gr.HTML("", visible=False, elem_id="demo-head", show_label=False)
+        jobs_view.build(ctx, JOB, keep_done=False)  # what it made is shown below
         result = gr.HTML("", visible=False, elem_id="demo-result", show_label=False)
         with gr.Row(visible=False, elem_id="demo-next") as onward:
             watch = gr.Button("Its curves and log", scale=0, min_width=170, elem_id="demo-watch")
             chat = gr.Button("Chat with it", scale=0, min_width=130, elem_id="demo-chat", visible=False)
     seen = gr.State(None)
-    outputs = [start, head, result, onward, chat, seen]
+    outputs = [start, result, onward, chat, seen]
 
     def run():
         if jobs_view.busy(JOB):
             raise BusyError("The demo runs already.")
         if (other := live.active()) is not None:
             raise BusyError(f"Run {other.id} is training. Stop it or wait for its end, then run the demo.")
-        jobs.start(JOB + "training", work)
+        jobs.start(JOB + "run", work)
         return refresh(None)
 
     def go(tab: str):
@@ -106,16 +105,14 @@ def _result(folder: Path) -> dict | None:
 
 
 def refresh(before) -> list:
-    """Values for start, head, result, the row onward, chat, and what was shown."""
+    """Values for start, result, the row onward, chat, and what was shown."""
     run, found = latest()
     busy = jobs_view.busy(JOB) is not None
-    state = run.state() if run is not None and busy else None
-    now = [busy, run.id if run else "", found is not None, state and [state.state, state.step, state.updated]]
+    now = [busy, run.id if run else "", found is not None]
     if now == before:
-        return [gr.skip()] * 6
+        return [gr.skip()] * 5
     return [
         gr.update(interactive=not busy, value=RUNNING if busy else RUN_DEMO),
-        gr.update(value=views.head(run.id, state) if state else "", visible=state is not None),
         gr.update(value=view(found) if found else "", visible=found is not None),
         gr.update(visible=run is not None),
         gr.update(visible=found is not None),
@@ -149,9 +146,9 @@ def view(result: dict) -> str:
         )
     )
     answers = "".join(
-        f'<div class="demo-answer"><b>{html.escape(a["prompt"])}</b><div class="demo-pair">'
-        f"<div><span>Before</span><pre>{html.escape(a['base'])}</pre></div>"
-        f'<div class="after"><span>After</span><pre>{html.escape(a["tuned"])}</pre></div></div></div>'
+        f'<div><b>{html.escape(a["prompt"])}</b><div class="demo-pair">'
+        f'<div><span>Before</span><pre tabindex="0">{html.escape(a["base"])}</pre></div>'
+        f'<div class="after"><span>After</span><pre tabindex="0">{html.escape(a["tuned"])}</pre></div></div></div>'
         for a in result["samples"][:3]
     )
-    return f'<div class="demo-numbers">{cells}</div>{answers}'
+    return f'<div class="demo-numbers">{cells}</div><div class="demo-answers">{answers}</div>'

@@ -69,8 +69,8 @@ def _line(job: jobs.Job, prefix: str) -> str:
     )
 
 
-def build(ctx: Context, prefix: str) -> None:
-    """Show the jobs of ``prefix`` on the timer, with Cancel while one runs."""
+def build(ctx: Context, prefix: str, keep_done: bool = True) -> None:
+    """Show the jobs of ``prefix`` on the timer, with Cancel while one runs; those that are done stay on if kept."""
     with gr.Row(equal_height=False):
         area = gr.HTML("", visible=False, elem_classes="jobs", show_label=False)
         cancel = gr.Button(
@@ -79,7 +79,7 @@ def build(ctx: Context, prefix: str) -> None:
     seen = gr.State("")
 
     def tick(before: str):
-        text = view(mine(prefix), prefix)
+        text = view([j for j in mine(prefix) if keep_done or j.state != "done"], prefix)
         if text == before:
             return (gr.skip(),) * 3
         return gr.update(value=text, visible=bool(text)), gr.update(visible=busy(prefix) is not None), text

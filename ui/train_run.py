@@ -188,7 +188,8 @@ def _curves(run) -> list:
 
 
 def _lines_known(run) -> tuple:
-    return (*_identity(run), len(run.state().logs) if run else 0)
+    s = run.state() if run else views.RunState()
+    return (*_identity(run), len(s.logs), len(s.phases), len(s.metrics), len(s.checkpoints))
 
 
 def _lines(run) -> list:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import time
 
+from kto_core import run_log
 from kto_core.events import RunState, thin
 from ui.jobs_view import bar, duration
 
@@ -77,9 +78,11 @@ def header_status(state: RunState | None, device: str | None) -> str:
 
 
 def fraction(state: RunState) -> float | None:
-    """Share of the steps done; None while nobody knows."""
+    """Share of the steps done, or of the preparation; None while nobody knows."""
     if state.state == "finished":
         return 1.0
+    if state.state == "preparing":
+        return state.prepared
     if not state.total_steps:
         return None if not state.terminal else 0.0
     return min(1.0, state.step / state.total_steps)
@@ -145,14 +148,14 @@ def legend() -> str:
 
 def logs(state: RunState) -> str:
     """The last lines, newest at the bottom and in view (the styles reverse the column)."""
-    lines = []
-    for entry in state.logs[-LOG_LINES:]:
-        clock = time.strftime("%H:%M:%S", time.localtime(entry["t"] or 0))
-        level = {"warning": "warn", "error": "bad"}.get(entry["level"], "")
-        lines.append(f'<span class="log-time">{clock}</span> <span class="{level}">{html.escape(entry["text"])}</span>')
+    everything, lines = run_log.lines(state), []
+    for t, level, text in everything[-LOG_LINES:]:
+        clock = time.strftime("%H:%M:%S", time.localtime(t))
+        level = {"warning": "warn", "error": "bad"}.get(level, "")
+        lines.append(f'<span class="log-time">{clock}</span> <span class="{level}">{html.escape(text)}</span>')
     if not lines:
         return '<div class="logs" tabindex="0" role="log"><pre>Nothing was logged yet.</pre></div>'
-    left = len(state.logs) - len(lines)
+    left = len(everything) - len(lines)
     first = f"… {left:,} earlier lines are in the download\n" if left > 0 else ""
     body = first + "\n".join(lines)
     return f'<div class="logs" tabindex="0" role="log" aria-label="Log"><pre>{body}</pre></div>'

@@ -9,18 +9,13 @@ import sys
 import threading
 import time
 
+from kto_core import run_log
 from kto_core.errors import RunError
 
 from . import output
 
 POLL = 0.2  # seconds between two looks at the events
 PATIENCE = 10  # seconds a run has to stop now
-SHOWN = (
-    ("loss", "loss {:.4f}"),
-    ("rewards/margins", "margin {:+.4f}"),
-    ("kl", "kl {:.3f}"),
-    ("eval_loss", "eval loss {:.4f}"),
-)
 
 
 class Interrupts:
@@ -142,7 +137,7 @@ class _Screen:
             )
         self.bar.total, self.bar.n = state.total_steps, state.step
         self.bar.set_description_str(
-            _values({name: state.latest(name) for name, _ in SHOWN} | {"eta": state.eta}), refresh=False
+            _with_eta(run_log.values({n: state.latest(n) for n, _ in run_log.SHOWN}), state.eta), refresh=False
         )
         self.bar.refresh()
 
@@ -154,14 +149,11 @@ class _Screen:
 
 def progress_line(metric: dict, total: int) -> str:
     """One metric event as a line: step, loss, margin, KL, time left."""
-    return f"step {metric.get('step', 0)}/{total or '?'}  {_values(metric)}".rstrip()
+    return _with_eta(run_log.step_line(metric, total), metric.get("eta"))
 
 
-def _values(metric: dict) -> str:
-    parts = [form.format(metric[name]) for name, form in SHOWN if isinstance(metric.get(name), int | float)]
-    if metric.get("eta"):
-        parts.append(f"eta {output.duration(metric['eta'])}")
-    return "  ".join(parts)
+def _with_eta(text: str, eta: float | None) -> str:
+    return f"{text}  eta {output.duration(eta)}" if eta else text
 
 
 def wait_stopped(run, timeout: float) -> None:

@@ -41,9 +41,7 @@ class Ragged:
     def keys(self) -> np.ndarray:
         """One uint64 a row, equal for equal rows."""
         data, ends = self.flat.tobytes(), (self.offsets * self.flat.itemsize).tolist()
-        digest = [
-            hashlib.blake2b(data[a:b], digest_size=8).digest() for a, b in zip(ends[:-1], ends[1:], strict=True)
-        ]
+        digest = [hashlib.blake2b(data[a:b], digest_size=8).digest() for a, b in zip(ends[:-1], ends[1:], strict=True)]
         return np.frombuffer(b"".join(digest), dtype=np.uint64)
 
 
