@@ -7,6 +7,7 @@ The app has such threads: rows are counted, a run starts, a model is loaded.
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 
@@ -22,8 +23,14 @@ def transformers_ready() -> None:
         before = sys.modules.get("transformers")
         if getattr(before, "_kto_ready", False):
             return
+        logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_news)
         import transformers
 
         for name in ("AutoConfig", "AutoTokenizer"):
             getattr(transformers, name)  # its packages replace themselves, too
         transformers._kto_ready = True
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not that an optional kernel for CPUs is missing, which bitsandbytes says on every import."""
+    return "gemm_4bit_forward" not in record.getMessage()

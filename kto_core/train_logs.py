@@ -23,7 +23,6 @@ SILENT = (  # true and of no use to the user
     "FutureWarning",
     "DeprecationWarning",
     "No label_names provided",
-    "gemm_4bit_forward",  # an optional kernel of bitsandbytes for CPUs
 )
 
 

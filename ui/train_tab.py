@@ -10,7 +10,7 @@ import gradio as gr
 from kto_core import run as runs
 from kto_core import train_checks
 from kto_core.errors import DataError, RunError
-from ui import data_jobs, live, sources, train_form, train_plan, train_run
+from ui import cache_view, data_jobs, live, sources, train_form, train_plan, train_run
 from ui.context import Context
 from ui.train_run import QUICK
 
@@ -25,6 +25,7 @@ def build(ctx: Context) -> None:
             _what(ui)
             _plan(ui)
             _settings(ui)
+            cache_view.build(ctx)
         with gr.Column(scale=3, min_width=560, elem_id="train-run-side"):
             shown = train_run.build(ctx)
     ui.form = gr.State(train_form.empty())
@@ -74,10 +75,10 @@ def _plan(ui) -> None:
         ui.plan = gr.HTML("", elem_id="train-plan", show_label=False)
         ui.changed = gr.HTML("", elem_id="train-changed", show_label=False)
         with gr.Row():
-            ui.start = gr.Button(START, variant="primary", scale=3, min_width=140, elem_id="train-start")
-            ui.queue = gr.Button("Start after it", visible=False, scale=1, min_width=120, elem_id="train-queue")
-            ui.check = gr.Button("Dry run", scale=1, min_width=90, elem_id="train-check")
-            ui.reset = gr.Button("Reset", scale=1, min_width=80, interactive=False, elem_id="train-reset")
+            ui.start = gr.Button(START, variant="primary", scale=3, min_width=120, elem_id="train-start")
+            ui.queue = gr.Button("Start after it", visible=False, scale=1, min_width=100, elem_id="train-queue")
+            ui.check = gr.Button("Dry run", scale=1, min_width=80, elem_id="train-check")
+            ui.reset = gr.Button("Reset", scale=1, min_width=64, interactive=False, elem_id="train-reset")
 
 
 def _settings(ui) -> None:
