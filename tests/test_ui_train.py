@@ -2,7 +2,7 @@
 
 import browser
 import pytest
-from training import make_data, make_tiny
+from training import make_data, tiny_cache
 
 from kto_core import config, run
 from kto_core.events import EventLog
@@ -14,13 +14,7 @@ STEPS = 20_000  # never reached
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory, demo_model):  # noqa: F811 - the fixture of conftest.py
-    """A cache whose demo model is the two-layer one."""
-    from kto_core import demo_model as maker
-
-    folder = tmp_path_factory.mktemp("cache")
-    make_tiny(folder / "demo" / maker.FOLDER, demo_model)
-    maker._write_manifest(folder / "demo" / maker.FOLDER)
-    return folder
+    return tiny_cache(tmp_path_factory.mktemp("cache"), demo_model)
 
 
 @pytest.fixture(scope="module")
@@ -195,3 +189,15 @@ def test_html_in_a_log_is_text(page, runs_dir):
     assert page.evaluate("window.pwned") is None
     assert page.locator("#train-log img, .run-head img").count() == 0
     made.delete()
+
+
+def test_the_reference_scores_on_disk_are_shown_and_cleared(page, cache):
+    file = cache / "reference" / "logps.sqlite"
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(b"x" * 2500)
+    room = page.locator("#train-cache")
+    room.get_by_text("Reference scores kept on disk").click()
+    room.get_by_text("2.5 kB").wait_for()
+    page.locator("#train-cache-clear").click()
+    room.get_by_text("2.5 kB freed").wait_for()
+    assert not file.exists()

@@ -51,6 +51,15 @@ def make_tiny(folder: Path, demo: Path) -> Path:
     return folder
 
 
+def tiny_cache(folder: Path, demo: Path) -> Path:
+    """A cache folder whose demo model is the one of `make_tiny`."""
+    from kto_core import demo_model as maker
+
+    make_tiny(folder / "demo" / maker.FOLDER, demo)
+    maker._write_manifest(folder / "demo" / maker.FOLDER)
+    return folder
+
+
 def make_data(file: Path, rows: int = 24) -> Path:
     """Short answers are good, long ones are not."""
     with open(file, "w") as f:
