@@ -4,6 +4,8 @@ import csv
 import gzip
 import io
 import json
+import subprocess
+import sys
 import tempfile
 from collections import Counter
 from dataclasses import replace
@@ -197,3 +199,14 @@ def test_any_row_is_encoded_without_new_special_tokens(tokenizer, obj, room):
             if tokenizer.unk_token_id in ids.prompt_ids + ids.completion_ids:
                 continue  # SmolLM2's vocabulary lacks a few bytes
             assert text == (shown.prompt + shown.completion).encode("utf-8", "replace").decode()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_coverage_guided(tmp_path):
+    """Two minutes of atheris; longer by hand, see fuzz_files.py."""
+    pytest.importorskip("atheris")  # Linux only
+    script = Path(__file__).with_name("fuzz_files.py")
+    command = [sys.executable, str(script), str(tmp_path / "corpus"), "-max_total_time=120"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "Done" in done.stderr, done.stderr[-3000:]
