@@ -1,4 +1,4 @@
-"""Does the demo teach its habit? ``python benchmarks/demo_proof.py [--seeds 3407,1,2] [--threads N] [--json OUT]``.
+"""Does the demo teach its habit? ``python benchmarks/demo_proof.py [--seeds 3407,1,2] [--threads N] [--set beta=0.1]``.
 
 Runs `kto_core.demo.run_demo` once a seed, each in a process of its own whose cache has the demo model but no reference
 log-probs, and prints a table. CPU seconds are the process's own, user and system: on a machine that is shared they say
@@ -32,6 +32,13 @@ def arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--seeds", default="3407,1,2", help="comma-separated (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     parser.add_argument("--json", metavar="OUT", help="also write everything to this file")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="a setting other than the preset's; repeatable",
+    )
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     try:
@@ -41,7 +48,7 @@ def arguments(argv=None) -> argparse.Namespace:
     return args
 
 
-def worker(seed: int) -> dict:
+def worker(seed: int, overrides: dict) -> dict:
     """One demo in this process."""
     from kto_core import demo
 
@@ -53,14 +60,14 @@ def worker(seed: int) -> dict:
         print(f"{share or 0:.0%} {text}", file=sys.stderr, flush=True)
 
     before = time.process_time()
-    result = demo.run_demo(seed, progress=progress)
+    result = demo.run_demo(seed, progress=progress, overrides=overrides)
     return result | {
         "training_cpu_seconds": round(trained[0] - before, 1),
         "cpu_seconds": round(time.process_time() - before, 1),
     }
 
 
-def measure(seed: int, threads: int) -> dict:
+def measure(seed: int, threads: int, given: list[str]) -> dict:
     """One demo in a fresh process with an empty reference cache."""
     from kto_core.model import demo_model_dir
     from kto_core.paths import cache_dir
@@ -76,7 +83,10 @@ def measure(seed: int, threads: int) -> dict:
             "OMP_NUM_THREADS": str(threads),
         }
         done = subprocess.run(
-            [sys.executable, __file__, "--worker", str(seed)], env=env, stdout=subprocess.PIPE, text=True
+            [sys.executable, __file__, "--worker", str(seed), *(f"--set={g}" for g in given)],
+            env=env,
+            stdout=subprocess.PIPE,
+            text=True,
         )
     found = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
     if done.returncode or not found:
@@ -100,14 +110,16 @@ def machine() -> dict:
 
 def table(results: list[dict]) -> str:
     lines = [
-        "| seed | words an answer | short answers | margin | AUC | KL | steps | training s (CPU s) | demo s (CPU s) |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| seed | words an answer | short answers | right answers | margin | AUC | KL | steps "
+        "| training s (CPU s) | demo s (CPU s) |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in results:
         before, after = r["habit"]["before"], r["habit"]["after"]
         lines.append(
             f"| {r['seed']} | {before['words']:.1f} → {after['words']:.1f} "
             f"| {before['short_share']:.0%} → {after['short_share']:.0%} "
+            f"| {before['right_share']:.0%} → {after['right_share']:.0%} "
             f"| {r['margin']:+.2f} | {r['auc']:.3f} | {r['kl']:.2f} | {r['steps']} "
             f"| {r['training_seconds']:.0f} ({r['training_cpu_seconds']:.0f}) "
             f"| {r['seconds']:.0f} ({r['cpu_seconds']:.0f}) |"
@@ -118,11 +130,11 @@ def table(results: list[dict]) -> str:
 def main(argv=None) -> int:
     args = arguments(argv)
     if args.worker is not None:
-        print(MARK + json.dumps(worker(args.worker)), flush=True)
+        print(MARK + json.dumps(worker(args.worker, dict(g.split("=", 1) for g in args.set))), flush=True)
         return 0
     facts, results = machine(), []
     for seed in args.seeds:
-        results.append(measure(seed, args.threads))
+        results.append(measure(seed, args.threads, args.set))
         print(table(results[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
         if args.json:  # after each seed, so that an interrupted proof keeps what it has
             part = Path(args.json + ".part")

@@ -7,6 +7,7 @@ gets.
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -44,8 +45,8 @@ def run_demo(
     Returns:
         ``run`` (id), ``seed``, ``steps``; ``training_seconds`` from the start of the run to its end, loading and
         scoring included, ``seconds`` of everything; ``habit``: for ``before`` and ``after`` the mean ``words`` of an
-        answer (cut at 96 tokens) and ``short_share`` (of 1 to 15 words) on held-out prompts; ``margin``, ``auc``,
-        ``kl`` on held-out rows; ``samples``: three of ``prompt``, ``base``, ``tuned``.
+        answer (cut at 96 tokens), ``short_share`` (of 1 to 15 words) and ``right_share`` on held-out prompts;
+        ``margin``, ``auc``, ``kl`` on held-out rows; ``samples``: three of ``prompt``, ``base``, ``tuned``.
 
     Raises:
         RunError: training failed or was stopped; the message says why.
@@ -73,7 +74,8 @@ def run_demo(
         return tell
 
     measured = evaluate.evaluate(run, str(HELD_OUT), samples=0, progress=part(TRAINED, 0.8), cancel=cancel)
-    asked = [json.loads(line)["prompt"] for line in PROMPTS.read_text(encoding="utf-8").splitlines()][:prompts]
+    held_out = [json.loads(line) for line in PROMPTS.read_text(encoding="utf-8").splitlines()][:prompts]
+    asked, accepted = [h["prompt"] for h in held_out], [h.get("answers") for h in held_out]
     loaded = chat.Chat.load(run, cancel=cancel)
     try:
         options = {"max_new_tokens": ANSWER_TOKENS, "cancel": cancel}
@@ -89,7 +91,7 @@ def run_demo(
         "steps": run.state().step,
         "training_seconds": round(training, 1),
         "seconds": round(time.monotonic() - started, 1),
-        "habit": {"before": habit(before), "after": habit(after)},
+        "habit": {"before": habit(before, accepted), "after": habit(after, accepted)},
         "margin": measured["rewards/margins"],
         "auc": measured["auc"],
         "kl": measured["kl"],
@@ -97,13 +99,23 @@ def run_demo(
     }
 
 
-def habit(answers: list[str]) -> dict:
-    """Mean words of the answers, and the share that is short but says something."""
+def habit(answers: list[str], accepted: list[list[str] | None]) -> dict:
+    """Mean words of the answers, the share that is short but says something, and the share that is right.
+
+    Args:
+        accepted: for each answer the words or phrases of which a right one has at least one; None: no such thing.
+    """
     words = [len(a.split()) for a in answers]
+    judged = [_has(a, found) for a, found in zip(answers, accepted, strict=True) if found]
     return {
         "words": round(sum(words) / len(words), 2),
         "short_share": round(sum(0 < w <= SHORT for w in words) / len(words), 3),
+        "right_share": round(sum(judged) / len(judged), 3) if judged else None,
     }
+
+
+def _has(answer: str, phrases: list[str]) -> bool:
+    return any(re.search(rf"\b{re.escape(p)}\b", answer, re.IGNORECASE) for p in phrases)
 
 
 def _train(run, progress: Progress, cancel: threading.Event | None) -> float:

@@ -12,7 +12,7 @@ from kto_core import model_shape, paths
 from kto_core.errors import ConfigError
 
 CONTRACT = {  # preset: batch, accumulation, r, alpha, beta, max length
-    "demo": (4, 2, 16, 32, 0.1, 512),
+    "demo": (4, 2, 16, 32, 0.5, 512),
     "3b": (8, 4, 32, 64, 0.1, 2048),
     "7b": (4, 8, 64, 128, 0.1, 2048),
     "13b": (2, 16, 64, 128, 0.1, 2048),

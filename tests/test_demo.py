@@ -114,7 +114,7 @@ def test_it_trains_measures_and_shows(small):
     assert made[0].config().config.preset == "demo" and made[0].adapter is not None
     assert 0 < result["training_seconds"] < result["seconds"]
     for side in result["habit"].values():
-        assert side["words"] >= 0 and 0 <= side["short_share"] <= 1
+        assert side["words"] >= 0 and 0 <= side["short_share"] <= 1 and 0 <= side["right_share"] <= 1
     assert set(result["habit"]) == {"before", "after"}
     assert result["margin"] != 0 and 0 <= result["auc"] <= 1 and result["kl"] >= 0
     assert len(result["samples"]) == demo.SAMPLES and {"prompt", "base", "tuned"} == set(result["samples"][0])
@@ -145,7 +145,14 @@ def test_a_training_that_fails_says_why(small, tmp_path):
 
 def test_habit_counts_words_and_an_empty_answer_is_not_a_short_one():
     long = "word " * (demo.SHORT + 1)
-    assert demo.habit(["", "Lisbon.", long, "word " * demo.SHORT]) == {"words": 8.0, "short_share": 0.5}
+    given = demo.habit(["", "Lisbon.", long, "word " * demo.SHORT], [None, None, None, None])
+    assert given == {"words": 8.0, "short_share": 0.5, "right_share": None}
+
+
+def test_an_answer_is_right_if_it_has_one_of_the_words():
+    answers = ["It is lisbon, I think.", "I know.", "No.", "14", "anything"]
+    accepted = [["Lisbon"], ["no"], ["no", "not a fish"], ["4", "four"], None]
+    assert demo.habit(answers, accepted)["right_share"] == 0.5
 
 
 def test_stopped_by_somebody_else_it_says_so(small):
@@ -164,6 +171,7 @@ def test_the_habit_is_learned():
     result = demo.run_demo()
     before, after = result["habit"]["before"], result["habit"]["after"]
     assert after["words"] < before["words"] / 2 and after["short_share"] > before["short_share"] + 0.3
+    assert after["right_share"] >= before["right_share"] - 0.1, "it forgets what it knew"
     assert result["margin"] > 0 and result["auc"] > 0.9
     assert result["training_seconds"] < 360
     assert all(sample["tuned"] for sample in result["samples"])

@@ -80,7 +80,7 @@ def test_all_problems_come_at_once_and_a_path_is_no_model(tmp_path):
 def test_origins_and_changes_are_said_and_escaped():
     shown = train_form.origins(train_form.resolve(form(beta=0.3, run_name=EVIL)))
     assert "preset demo" in shown and "user interface" in shown and EVIL not in shown
-    assert "Beta <b>0.3</b> instead of 0.1" in train_form.changed(form(beta=0.3))
+    assert "Beta <b>0.3</b> instead of 0.5" in train_form.changed(form(beta=0.3))
     assert EVIL not in train_form.changed(form(model=EVIL)) and "preset <b>demo</b>" in train_form.changed(form())
 
 
@@ -216,7 +216,10 @@ def test_a_plot_knows_all_its_series_from_the_first_point_on(data, side):
 RESULT = {
     "run": "r",
     "seconds": 200.0,
-    "habit": {"before": {"words": 61.4, "short_share": 0.04}, "after": {"words": 9.8, "short_share": 0.92}},
+    "habit": {
+        "before": {"words": 61.4, "short_share": 0.04, "right_share": 0.66},
+        "after": {"words": 9.8, "short_share": 0.92, "right_share": 0.71},
+    },
     "margin": 0.73,
     "auc": 0.98,
     "samples": [{"prompt": "Why?", "base": EVIL, "tuned": "Because."}],

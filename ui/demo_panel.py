@@ -133,6 +133,11 @@ def view(result: dict) -> str:
                 "Share of the answers that have few words",
             ),
             (
+                "Right answers",
+                f"{100 * before['right_share']:.0f} % → {100 * after['right_share']:.0f} %",
+                "Of the held-out questions that have one right answer; a long answer has more chances to name it",
+            ),
+            (
                 "Held-out reward margin",
                 f"{result['margin']:+.3f}",
                 "Desirable minus undesirable rows; 0 before training",
