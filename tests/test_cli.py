@@ -238,6 +238,20 @@ def test_train_then_look_and_delete(capsys, rows_file, tiny_model, runs_dir):
     assert called(capsys, "runs", "show", summary["id"])[0] == 1
 
 
+def test_a_prepared_run_is_trained_by_the_worker_alone(capsys, rows_file, tiny_model, tmp_path):
+    """As README says for several machines, with one process."""
+    code, out, _ = called(
+        capsys, "train", "--preset", "demo", "--model", tiny_model, "--data", rows_file, "--max-steps", 2,
+        "--max-length", 128, "--output-dir", tmp_path / "run", "--prepare",
+    )  # fmt: skip
+    assert code == 0 and Path(out.strip()) == tmp_path / "run" and not (tmp_path / "run" / "adapter").exists()
+    worker = [sys.executable, "-m", "kto_core.worker", str(tmp_path / "run")]
+    done = subprocess.run(worker, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    code, out, _ = called(capsys, "runs", "show", tmp_path / "run", "--json")
+    assert json.loads(out)["state"] == "finished" and (tmp_path / "run" / "adapter").is_dir()
+
+
 def test_ctrl_c_saves_and_the_same_command_goes_on(rows_file, tiny_model, tmp_path):
     folder = tmp_path / "mine"
     line = [sys.executable, "-m", "kto_core", "train", "--preset", "demo", "--model", str(tiny_model), "--data",

@@ -46,6 +46,11 @@ def add(commands: argparse._SubParsersAction, argv: list[str]) -> None:
         action="store_true",
         help="load no weights; say what would be trained, the steps, and whether it fits",
     )
+    train.add_argument(
+        "--prepare",
+        action="store_true",
+        help="write the run's folder and stop, for `accelerate launch` on several machines (README)",
+    )
     train.add_argument("--queue", action="store_true", help="if another run trains now, wait for its end")
     output.add_json(train)
     if next((a for a in argv if not a.startswith("-")), None) == "train":
@@ -142,6 +147,9 @@ def start(resolved, args: argparse.Namespace) -> int:
     with Interrupts() as interrupts:
         if r is None:
             r = runs.create(resolved)
+            if args.prepare:
+                output.emit(summary(r)) if args.json else output.show(str(r.path))
+                return output.OK
             output.say(f"Run {r.id}: {resolved.config.model}. Folder: {r.path}")
             runs.start(r, queue=args.queue)
         else:
