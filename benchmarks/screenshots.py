@@ -19,7 +19,7 @@ import browser  # noqa: E402
 
 TABS = ("Data", "Train", "Chat", "Export")
 HEIGHT = 1000
-QUESTION = "What is the capital of France?"
+QUESTION = "What colour is the sky on a clear day?"
 LONG = 15 * 60_000  # milliseconds
 
 
@@ -34,12 +34,18 @@ def train(page, steps: int) -> None:
 
 
 def chat(page) -> None:
-    """Load the run that was trained, and ask it something."""
+    """Load the run that was trained, and ask it and its base something, without chance."""
     browser.tab(page, "Train")
     page.locator("#train-chat").click()
     page.locator("#chat-load").wait_for()
     page.locator("#chat-load").click()
     page.locator("#chat-status .note-good").wait_for(timeout=LONG)
+    page.locator("#chat-mode").get_by_text("Side by side").click()
+    page.get_by_text("Sampling").click()
+    page.locator("#chat-sampling input[type=number]").first.fill("0")
+    page.locator("#chat-sampling input[type=number]").first.press("Tab")
+    page.get_by_text("Sampling").click()
+    page.locator("#chat-b").wait_for()
     page.locator("#chat-message textarea").fill(QUESTION)
     page.locator("#chat-send").click()
     page.locator("#chat-stats").get_by_text("tokens").wait_for(timeout=LONG)
@@ -52,7 +58,7 @@ def settle(page, name: str) -> None:
     shown = {
         "Data": "#data-row-view .seen",
         "Train": "#plot-kl .marks",
-        "Chat": "#chat-message",
+        "Chat": "#chat-b .bot.message",
         "Export": "#export-facts table, #export-facts .note",
     }[name]
     page.locator(shown).first.wait_for(timeout=LONG)

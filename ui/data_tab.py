@@ -6,176 +6,41 @@ from types import SimpleNamespace
 
 import gradio as gr
 
-from kto_core import config, dataset, template
+from kto_core import dataset, template
 from kto_core.errors import DataError, KTOError
-from ui import data_jobs, data_view, sources, train_form, views
+from ui import data_jobs, data_layout, data_view, sources, views
 from ui.context import Context
 
 # through the queue: an error that is raised outside of it shows no toast, but a failed request in the console
 QUICK = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
 LAST = {**QUICK, "trigger_mode": "always_last"}  # typing: the newest text wins
 SHORT = 0.12  # seconds an action waits for a job before it shows a progress bar instead
-MODEL, MESSAGES = "As the model sees it", "Messages"
-CHOOSE_ROW = """
-const choose = row => {
-  if (!row) return;
-  for (const other of element.querySelectorAll('tr[aria-selected="true"]')) other.ariaSelected = 'false';
-  row.ariaSelected = 'true';  // marked here: drawing the table anew would take the focus away
-  trigger('select', {index: Number(row.dataset.index), value: null});
-};
-element.addEventListener('click', e => choose(e.target.closest('tr[data-index]')));
-element.addEventListener('keydown', e => {
-  const row = e.target.closest('tr[data-index]');
-  if (!row) return;
-  const next = {ArrowDown: row.nextElementSibling, ArrowUp: row.previousElementSibling}[e.key];
-  if (next) { e.preventDefault(); next.focus(); }
-  if (e.key === 'Enter' || e.key === ' ') { e.preventDefault(); choose(row); }
-});
-"""
-FORMS = [("TRL (prompt, completion, label)", "trl"), ("ChatML (conversations, label)", "chatml")]
 
 
 def build(ctx: Context) -> None:
     ui = SimpleNamespace()
     with gr.Row(equal_height=False):
         with gr.Column(scale=1, min_width=310):
-            _source_controls(ui)
-            _balance_panel(ui)
-            _lengths_panel(ui)
+            data_layout.source_controls(ui)
+            data_layout.balance_panel(ui)
+            data_layout.lengths_panel(ui)
         with gr.Column(scale=3, min_width=560):
             ui.facts = gr.HTML("", elem_id="data-facts", show_label=False)
             with gr.Row(equal_height=True, elem_id="data-doing"):
                 ui.status = gr.HTML("", visible=False, elem_id="data-status", show_label=False, scale=6)
                 ui.action = gr.Button("Cancel", visible=False, size="sm", scale=0, min_width=140, elem_id="data-action")
             with gr.Column(visible=False, min_width=0) as ui.table_room:
-                _table_controls(ui)
+                data_layout.table_controls(ui)
             with gr.Column(visible=False, min_width=0) as ui.row_room:
-                _row_controls(ui)
+                data_layout.row_controls(ui)
                 with gr.Row(equal_height=False):
-                    _report_panel(ui)
-                    _convert_panel(ui)
+                    data_layout.report_panel(ui)
+                    data_layout.convert_panel(ui)
     ui.page, ui.seen, ui.told = gr.State(0), gr.State(None), gr.State("")
     _choosing(ctx, ui)
     _table_events(ctx, ui)
     _row_events(ctx, ui)
     _other_events(ctx, ui)
-
-
-# ---- layout
-
-
-def _source_controls(ui) -> None:
-    first = train_form.first_model()
-    with gr.Column(elem_classes="card"):
-        gr.HTML("<h3>Data set</h3><p>Answers, each with a thumb up or down.</p>", elem_classes="panel-head")
-        ui.pick = gr.Dropdown(
-            sources.choices(),
-            value=None,
-            label="Choose",
-            info="The example, or a file you have uploaded.",
-            elem_id="data-pick",
-        )
-        ui.upload = gr.File(
-            label="Upload a file",
-            file_types=sorted({*sources.SUFFIXES, ".gz"}),
-            height=128,
-            elem_id="data-upload",
-        )
-        gr.HTML(
-            '<p class="card-text">JSONL, JSON, CSV, TSV or Parquet, also as .gz; up to 2 GB.</p>',
-            elem_id="data-upload-help",
-        )
-        with gr.Accordion("From the Hugging Face Hub", open=False, elem_id="data-hub"):
-            ui.repo = gr.Textbox(
-                label="Data set id", placeholder="owner/name", info="As in its address.", elem_id="data-hub-id"
-            )
-            ui.split = gr.Textbox("train", label="Split", info="For example train or test.", elem_id="data-hub-split")
-            ui.fetch = gr.Button("Load from the Hub", size="md", elem_id="data-hub-load")
-        ui.model = gr.Dropdown(
-            _models(),
-            value=first["model"],
-            label="Model",
-            info="Whose tokens are counted, and whose template rows are shown in. Or type a Hub id.",
-            allow_custom_value=True,
-            elem_id="data-model",
-        )
-        ui.limit = gr.Number(
-            first["max_length"],
-            label="Max length",
-            info="In tokens. Longer prompts are cut from the left, answers never.",
-            precision=0,
-            minimum=16,
-            step=64,
-            elem_id="data-max-length",
-        )
-
-
-def _models() -> list[tuple[str, str]]:
-    names: dict[str, None] = {}
-    for values in config.presets().values():
-        names |= dict.fromkeys([values.get("model"), *(values.get("alternatives") or [])])
-    return [("Demo model (SmolLM2 135M)", data_jobs.DEMO), *((n, n) for n in names if n and n != data_jobs.DEMO)]
-
-
-def _balance_panel(ui) -> None:
-    with gr.Column(elem_classes="card", visible=False) as ui.balance_card:
-        ui.balance = gr.HTML("", elem_id="data-balance", show_label=False)
-        ui.use = gr.Button("Use this weight", visible=False, size="md", elem_id="data-use-weight")
-
-
-def _lengths_panel(ui) -> None:
-    with gr.Column(elem_classes="card", visible=False) as ui.lengths_card:
-        ui.lengths = gr.HTML("", elem_id="data-lengths", show_label=False)
-
-
-def _table_controls(ui) -> None:
-    with gr.Row(equal_height=True, elem_id="data-filters"):
-        ui.search = gr.Textbox(
-            label="Search", placeholder="Any text of a row", info="In all rows, as you type.", scale=3,
-            elem_id="data-search",
-        )  # fmt: skip
-        ui.label = gr.Radio(
-            data_view.FILTERS, value="all", label="Label", info="Which rows to list.", scale=2, elem_id="data-label"
-        )
-    ui.table = gr.HTML("", elem_id="data-table", show_label=False, js_on_load=CHOOSE_ROW)
-    with gr.Row(equal_height=True, elem_id="data-pager"):
-        ui.back = gr.Button("Previous", size="sm", interactive=False, scale=0, min_width=110, elem_id="data-back")
-        ui.number = gr.Number(
-            1, show_label=False, label="Page", precision=0, minimum=1, step=1, scale=0, min_width=90,
-            container=False, elem_id="data-page",
-        )  # fmt: skip
-        ui.forth = gr.Button("Next", size="sm", interactive=False, scale=0, min_width=110, elem_id="data-forth")
-        ui.range = gr.HTML("", elem_id="data-range", show_label=False)
-
-
-def _row_controls(ui) -> None:
-    with gr.Column(elem_classes="card"):
-        gr.HTML("<h3>One row</h3><p>Choose it in the table, or give its number.</p>", elem_classes="panel-head")
-        with gr.Row(equal_height=True):
-            ui.row = gr.Number(
-                1, label="Row", info="As numbered in the table.", precision=0, minimum=1, step=1, scale=1,
-                min_width=160, elem_id="data-row",
-            )  # fmt: skip
-            ui.view = gr.Radio(
-                [MODEL, MESSAGES], value=MODEL, label="Show", info="With the model's template, or as read.",
-                scale=3, elem_id="data-view",
-            )  # fmt: skip
-        ui.shown = gr.HTML("", elem_id="data-row-view", show_label=False)
-
-
-def _report_panel(ui) -> None:
-    with gr.Column(elem_classes="card", scale=3, min_width=420):
-        ui.issues = gr.HTML("", elem_id="data-issues", show_label=False)
-        ui.report = gr.DownloadButton("Download report", visible=False, size="md", elem_id="data-report")
-
-
-def _convert_panel(ui) -> None:
-    with gr.Column(elem_classes="card", scale=2, min_width=280):
-        gr.HTML("<h3>Convert</h3><p>All kept rows as JSONL; nothing is lost either way.</p>", elem_classes="panel-head")
-        ui.form = gr.Radio(FORMS, value="trl", label="Form", info="For other tools.", elem_id="data-form")
-        ui.convert = gr.Button("Convert", interactive=False, size="md", elem_id="data-convert")
-        ui.converted = gr.DownloadButton("Download", visible=False, size="md", elem_id="data-converted")
-        ui.converting = gr.HTML("", elem_id="data-converting", show_label=False)
 
 
 # ---- what is shown
@@ -309,7 +174,7 @@ def _row(ui, found: data_jobs.Look, number, model: str, view: str) -> dict:
     if found.loaded is None or not found.loaded.rows:
         return {ui.shown: data_view.note("A row can be seen here once a data set is read.")}
     row = found.loaded.rows[min(max(int(number or 1), 1), len(found.loaded.rows)) - 1]
-    if view == MESSAGES:
+    if view == data_layout.MESSAGES:
         return {ui.shown: data_view.conversation(row)}
     if found.tokenizer is None:
         return {ui.shown: data_view.not_seen(model, found.counting) + data_view.conversation(row)}
