@@ -5,9 +5,9 @@
         --load-in-4bit --lora-r 64 --cap-gib 24
 
 Every engine trains on the same rows with the same number of KL pairs, each in a process of its own, in turns. TRL runs
-with its defaults (reference computed in the step, gradient checkpointing). The packed engine is measured twice: cold,
-where scoring the reference counts, and warm, where the reference log-probs are on disk from the run before. The first
-steps of each run are not timed. Ratios are rows/s against the first engine named.
+with its defaults (reference computed in the step; gradient checkpointing unless told otherwise). The packed engine is
+measured twice: cold, where scoring the reference counts, and warm, where the reference log-probs are on disk from the
+run before. The first steps of each run are not timed. Ratios are rows/s against the first engine named.
 """
 
 from __future__ import annotations
@@ -43,6 +43,11 @@ def arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--cap-gib", type=float, help="GPU memory that a process may take")
     parser.add_argument("--token-budget", type=int, help="packed: tokens of one pass; default what fits")
     parser.add_argument("--checkpoint-layers", type=int, help="packed: layers recomputed; default what memory needs")
+    parser.add_argument(
+        "--no-gradient-checkpointing",
+        action="store_true",
+        help="TRL: recompute nothing, if memory allows (its default recomputes)",
+    )
     parser.add_argument("--warm-up", type=int, default=1, help="steps that are not timed")
     parser.add_argument("--repeat", type=int, default=1, help="runs of each engine, in turns; the median counts")
     parser.add_argument("--threads", type=int, help="CPU threads")
@@ -212,6 +217,7 @@ def build(args, model, tokenizer, dataset, out: str, gpu: bool, cache):
         remove_unused_columns=False,
         disable_tqdm=True,
         dataloader_pin_memory=False,
+        gradient_checkpointing=args.worker == "packed" or not args.no_gradient_checkpointing,
     )
     lora = None
     if args.worker != "unsloth":
