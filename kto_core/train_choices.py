@@ -1,0 +1,67 @@
+"""What ``auto`` means for a training: which engine, whether the reference is scored first, how much is recomputed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .errors import ModelError
+from .events import EventLog
+from .libraries import transformers_ready
+
+if TYPE_CHECKING:
+    from .config import RunConfig
+
+
+def choose_engine(config: RunConfig, events: EventLog) -> str:
+    """``packed``, ``trl`` or ``unsloth``. ``auto`` is packed where it serves the model, else trl with a sentence why.
+
+    Raises:
+        ModelError: packed was asked for and does not serve this model.
+    """
+    if config.engine in ("trl", "unsloth"):
+        return config.engine
+    transformers_ready()
+    from transformers import AutoConfig
+
+    from .model import local_folder
+
+    try:
+        from .engine import available
+
+        ok, reason = available(AutoConfig.from_pretrained(local_folder(config.model)), config.max_length)
+    except ImportError as e:
+        ok, reason = False, f"it cannot be loaded ({e})."
+    if ok:
+        events.log("Engine: packed.")
+        return "packed"
+    if config.engine == "packed":
+        raise ModelError(f"The packed engine cannot train {config.model}: {reason} Choose engine `auto` or `trl`.")
+    events.log(f"Training with TRL's own step; the packed engine is not used: {reason}")
+    return "trl"
+
+
+def precompute_pays(config: RunConfig, rows: int, engine: str) -> bool:
+    """Scoring the reference once costs one pass over the rows; without it every epoch pays one."""
+    if config.precompute_ref_log_probs != "auto":
+        return config.precompute_ref_log_probs
+    if engine == "packed":  # it keeps a cache of its own
+        return False
+    seen = config.num_train_epochs
+    if config.max_steps > 0:
+        seen = config.max_steps * config.effective_batch_size / max(1, rows)
+    return seen > 1
+
+
+def use_checkpointing(config: RunConfig, lengths: list[int], events: EventLog) -> dict | None:
+    """Gradient checkpointing's keywords, or None for none: as configured; ``auto`` as far as the memory plan says."""
+    from . import hardware
+
+    if config.gradient_checkpointing != "auto":
+        return {"use_reentrant": False} if config.gradient_checkpointing else None
+    plan = hardware.plan(config, lengths)
+    if plan.verdict in ("tight", "does not fit"):
+        need = f"about {plan.predicted_gib:.1f} of {plan.available_gib:.1f} GiB"
+        events.log(f"The memory plan says: {plan.verdict}, {need}. {plan.advice}".strip(), "warning")
+    if plan.verdict == "cpu" or not plan.checkpoint_layers:
+        return None
+    return {"use_reentrant": False, "every_n_layers": max(1, plan.layers // plan.checkpoint_layers)}
