@@ -62,7 +62,7 @@ def settle(page, name: str) -> None:
         "Export": "#export-facts table, #export-facts .note",
     }[name]
     page.locator(shown).first.wait_for(timeout=LONG)
-    page.wait_for_load_state("networkidle")
+    page.wait_for_timeout(1500)  # a tick of the page, and its plots drawn
 
 
 def photograph(chromium, url: str, kept: dict, folder: Path, width: int, dark: bool) -> list[Path]:

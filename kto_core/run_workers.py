@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import alive
+from .errors import KTOError
 from .events import EventLog
 from .paths import ROOT
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 PATIENCE = 5.0  # seconds a child has to end itself after the second stop
 POLL = 0.2
+LESS_URGENT = 10  # nice value
 
 
 _supervised: set[Path] = set()
@@ -37,6 +39,7 @@ def in_thread(run: Run, config: RunConfig) -> threading.Thread:
 
     def body() -> None:
         try:
+            _give_way()
             from .train import train
 
             train(config, run.path)
@@ -50,6 +53,15 @@ def in_thread(run: Run, config: RunConfig) -> threading.Thread:
     thread = threading.Thread(target=body, name=f"train-{run.id}", daemon=True)
     thread.start()
     return thread
+
+
+def _give_way() -> None:
+    """On a CPU the page's answers come before this thread and those that torch starts for it."""
+    from .hardware import devices
+
+    with contextlib.suppress(OSError, AttributeError, KTOError):  # only Linux has priorities of threads
+        if sys.platform == "linux" and not devices():
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LESS_URGENT)
 
 
 def in_process(run: Run, config: RunConfig) -> threading.Thread:
