@@ -37,7 +37,7 @@ def chat(page) -> None:
     """Load the run that was trained, and ask it and its base something, without chance."""
     browser.tab(page, "Train")
     page.locator("#train-chat").click()
-    page.locator("#chat-load").wait_for()
+    page.wait_for_function("document.querySelector('#chat-model input').value.startsWith('Run')")
     page.locator("#chat-load").click()
     page.locator("#chat-status .note-good").wait_for(timeout=LONG)
     page.locator("#chat-mode").get_by_text("Side by side").click()

@@ -67,7 +67,12 @@ def _check_controls():
             "<h3>Check in llama.cpp</h3><p>Loads the file and answers, as Ollama would.</p>", elem_classes="panel-head"
         )
         file = gr.Dropdown([], label="File", info="GGUF files made above.", elem_id="export-file")
-        prompt = gr.Textbox("What is the capital of France?", label="Question", elem_id="export-prompt")
+        prompt = gr.Textbox(
+            "What is the capital of France?",
+            label="Question",
+            info="Asked through the chat template in the file.",
+            elem_id="export-prompt",
+        )
         check = gr.Button("Check", interactive=False, elem_id="export-check")
         answer = gr.HTML("", elem_id="export-answer", show_label=False)
     return file, prompt, check, answer
