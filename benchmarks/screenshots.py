@@ -44,6 +44,8 @@ def chat(page) -> None:
     page.get_by_text("Sampling").click()
     page.locator("#chat-sampling input[type=number]").first.fill("0")
     page.locator("#chat-sampling input[type=number]").first.press("Tab")
+    page.wait_for_function("document.querySelector('#chat-sampling input[type=range]').value === '0'")
+    page.wait_for_timeout(500)
     page.get_by_text("Sampling").click()
     page.locator("#chat-b").wait_for()
     page.locator("#chat-message textarea").fill(QUESTION)

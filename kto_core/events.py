@@ -109,6 +109,7 @@ class RunState:
     phases: list[dict] = field(default_factory=list)  # each has "t" and "text": what status events said, numbers apart
     checkpoints: list[dict] = field(default_factory=list)  # each has "step", "path" and "t"
     error: str = ""
+    _series: dict = field(default_factory=dict, repr=False, compare=False)  # metric -> (metrics looked at, points)
 
     @property
     def terminal(self) -> bool:
@@ -116,7 +117,11 @@ class RunState:
 
     def series(self, name: str) -> list[tuple[int, float]]:
         """(step, value) of one metric, in order of steps; rows without it are left out."""
-        return [(m["step"], m[name]) for m in self.metrics if isinstance(m.get(name), int | float)]
+        known, points = self._series.get(name, (0, []))
+        new = [(m["step"], m[name]) for m in self.metrics[known:] if isinstance(m.get(name), int | float)]
+        points = points + new if new else points  # never changed in place: other threads have it
+        self._series[name] = (len(self.metrics), points)
+        return points
 
     def latest(self, name: str) -> float | None:
         for m in reversed(self.metrics):
@@ -165,6 +170,7 @@ def _fold_status(state: RunState, e: dict) -> None:
     if "resumed_from" in e:  # steps after the checkpoint will come again
         step = int(e["resumed_from"] or 0)
         state.metrics = [m for m in state.metrics if m.get("step", 0) <= step]
+        state._series = {}
         state.checkpoints = [c for c in state.checkpoints if (c["step"] or 0) <= step]
         state.step = step
     if state.terminal:

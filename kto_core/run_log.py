@@ -24,10 +24,15 @@ def step_line(metric: dict, total: int) -> str:
     return f"step {metric.get('step', 0)}/{total or '?'}  {values(metric)}".rstrip()
 
 
-def lines(state: RunState) -> list[tuple[float, str, str]]:
-    """(unix time, level, text) of everything worth a line, oldest first. level: info, warning or error."""
-    found = [(e["t"] or 0.0, e["level"], e["text"]) for e in state.logs]
-    found += [(p["t"] or 0.0, "info", p["text"]) for p in state.phases]
-    found += [(m.get("t") or 0.0, "info", step_line(m, state.total_steps)) for m in state.metrics]
-    found += [(c["t"] or 0.0, "info", f"checkpoint of step {c['step']} saved") for c in state.checkpoints]
-    return sorted(found, key=lambda line: line[0])  # stable: those of one time stay in order
+def lines(state: RunState, limit: int) -> tuple[list[tuple[float, str, str]], int]:
+    """The last ``limit`` of everything worth a line, oldest first, and how many lines came before them.
+
+    A line is (unix time, level, text); level: info, warning or error.
+    """
+    found = [(e["t"] or 0.0, e["level"], e["text"]) for e in state.logs[-limit:]]
+    found += [(p["t"] or 0.0, "info", p["text"]) for p in state.phases[-limit:]]
+    found += [(m.get("t") or 0.0, "info", step_line(m, state.total_steps)) for m in state.metrics[-limit:]]
+    found += [(c["t"] or 0.0, "info", f"checkpoint of step {c['step']} saved") for c in state.checkpoints[-limit:]]
+    found.sort(key=lambda line: line[0])  # stable: those of one time stay in order
+    every = len(state.logs) + len(state.phases) + len(state.metrics) + len(state.checkpoints)
+    return found[-limit:], every - min(limit, len(found))

@@ -247,7 +247,7 @@ def test_broken_config_is_said(tiny, data):
     run = runs.create(resolved(tiny, data, worker="process"))
     worker = [sys.executable, "-m", "kto_core.worker", str(run.path)]
     text = (run.path / "config.yaml").read_text()
-    (run.path / "config.yaml").write_text(text.replace("beta: 0.1", "beta: -1"))
+    (run.path / "config.yaml").write_text(text.replace("beta: 0.5", "beta: -1"))
     done = subprocess.run(worker, cwd=Path(runs.__file__).parents[1], capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert run.state().state == "failed" and "beta" in run.state().error

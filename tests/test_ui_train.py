@@ -173,7 +173,7 @@ def test_problems_are_shown_at_once_and_nothing_starts(page):
     assert len(run.list_runs()) == before
     page.locator("#train-reset").click()
     page.locator("#train-plan [data-verdict]").wait_for()
-    value_of(page, "beta", 0.1)
+    value_of(page, "beta", 0.5)
 
 
 def test_html_in_a_log_is_text(page, runs_dir):

@@ -63,7 +63,13 @@ def _model_controls():
         allow_custom_value=True,
         elem_id="chat-model",
     )
-    checkpoint = gr.Dropdown([], label="Adapter", info="The end of the run, or one of its checkpoints.", visible=False, elem_id="chat-checkpoint")
+    checkpoint = gr.Dropdown(
+        [],
+        label="Adapter",
+        info="The end of the run, or one of its checkpoints.",
+        visible=False,
+        elem_id="chat-checkpoint",
+    )
     with gr.Row():
         load = gr.Button("Load", variant="primary", min_width=80, elem_id="chat-load")
         unload = gr.Button("Unload", min_width=80, interactive=False, elem_id="chat-unload")

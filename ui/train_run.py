@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import gradio as gr
@@ -27,6 +28,15 @@ class Part:
     key: Callable  # (run or None) -> tuple; a new one means new values
     values: Callable  # (run or None) -> list, one value a component
     seen: gr.State
+    made: tuple = (None, None)  # the newest key and its values: every open page asks for the same
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def shown(self, run, key: tuple) -> list:
+        """The values for a key that was asked of `run` just now."""
+        with self.lock:
+            if self.made[0] != key:
+                self.made = (key, self.values(run))
+            return self.made[1]
 
 
 @dataclass
@@ -119,7 +129,7 @@ def _plot(name: str) -> gr.LinePlot:
 def frame(points: list[dict]):
     import pandas as pd  # gradio has it loaded already
 
-    return pd.DataFrame(points, columns=["step", "value", "series"])
+    return pd.DataFrame({name: [p[name] for p in points] for name in ("step", "value", "series")})
 
 
 # ---- what is shown
@@ -218,7 +228,7 @@ def tick(part: Part) -> Callable:
     def new(run_id: str, seen):
         run = chosen(run_id)
         now = part.key(run)
-        return [gr.skip()] * (len(part.components) + 1) if now == seen else [*part.values(run), now]
+        return [gr.skip()] * (len(part.components) + 1) if now == seen else [*part.shown(run, now), now]
 
     return new
 

@@ -148,15 +148,15 @@ def legend() -> str:
 
 def logs(state: RunState) -> str:
     """The last lines, newest at the bottom and in view (the styles reverse the column)."""
-    everything, lines = run_log.lines(state), []
-    for t, level, text in everything[-LOG_LINES:]:
+    last, before = run_log.lines(state, LOG_LINES)
+    lines = []
+    for t, level, text in last:
         clock = time.strftime("%H:%M:%S", time.localtime(t))
         level = {"warning": "warn", "error": "bad"}.get(level, "")
         lines.append(f'<span class="log-time">{clock}</span> <span class="{level}">{html.escape(text)}</span>')
     if not lines:
         return '<div class="logs" tabindex="0" role="log"><pre>Nothing was logged yet.</pre></div>'
-    left = len(everything) - len(lines)
-    first = f"… {left:,} earlier lines are in the download\n" if left > 0 else ""
+    first = f"… {before:,} earlier lines are in the download\n" if before else ""
     body = first + "\n".join(lines)
     return f'<div class="logs" tabindex="0" role="log" aria-label="Log"><pre>{body}</pre></div>'
 
