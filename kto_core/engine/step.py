@@ -7,6 +7,7 @@ first z0 for the whole batch without gradients, then pass by pass, each row's lo
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 import torch.utils.checkpoint
 
-from . import attention, tree
+from . import attention, lean, tree
 from .loss import Head, kto_losses, sequence_sums, token_logps
 
 
@@ -61,7 +62,8 @@ class Engine:
 
     Args:
         model: a causal LM or a PeftModel over one.
-        token_budget: packed tokens of one pass with gradients; None: everything in one.
+        token_budget: packed tokens of one pass with gradients; None: everything in one. ``scoring_tokens``: of one
+            without, the same unless set.
         checkpoint_layers: decoder layers (from the first) that are computed again in the backward to save memory.
     """
 
@@ -72,10 +74,11 @@ class Engine:
         self.causal = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.decoder = getattr(self.causal, self.causal.base_model_prefix)
         self.device = self.causal.get_input_embeddings().weight.device
-        self.token_budget = token_budget
+        self.token_budget = self.scoring_tokens = token_budget
         self.layers = [m for m in self.decoder.modules() if isinstance(m, GradientCheckpointingLayer)]
         self.checkpoint_layers = checkpoint_layers
         self._configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+        self.lean = lean.lean_forwards(self.decoder)
 
     @property
     def checkpoint_layers(self) -> int:
@@ -90,8 +93,11 @@ class Engine:
                 torch.utils.checkpoint.checkpoint, use_reentrant=False, preserve_rng_state=False
             )  # there is no dropout to repeat
 
+    @contextlib.contextmanager
     def using_tree(self):
-        return attention.use_tree(self._configs.values())
+        """Inside, the model attends along the tree and runs its leaner layers."""
+        with attention.use_tree(self._configs.values()), lean.use(self.lean):
+            yield
 
     def forward(self, ids: np.ndarray, positions: np.ndarray, run: attention.Pass) -> torch.Tensor:
         """Hidden states after the final norm, ``[T, hidden]``."""
@@ -110,15 +116,31 @@ class Engine:
         """
         order = tree.sorted_by_prefix(prompts, completions, range(len(prompts)))
         result = np.empty(len(prompts))
+        todo = deque(tree.packs(prompts, completions, np.zeros(len(prompts), int), order, budget))
         with self.using_tree():
-            for numbers in tree.packs(prompts, completions, np.zeros(len(prompts), int), order, budget):
-                t = tree.build([prompts[i] for i in numbers], [completions[i] for i in numbers])
-                hidden = self.forward(t.ids, t.positions, attention.Pass(t.segments, self.device))
-                values = self._sums(hidden, t.scores)[0].double().cpu().numpy()
+            while todo:
+                numbers = todo.popleft()
+                values = self._score_pass([prompts[i] for i in numbers], [completions[i] for i in numbers])
+                if values is None:  # too much for the memory
+                    torch.cuda.empty_cache()
+                    middle = len(numbers) // 2
+                    todo.extendleft([numbers[middle:], numbers[:middle]])
+                    continue
                 result[numbers] = values
                 if done is not None:
                     done(numbers, values)
         return result
+
+    def _score_pass(self, prompts, completions) -> np.ndarray | None:
+        """None: out of GPU memory, and the pass can be split."""
+        try:
+            t = tree.build(prompts, completions)
+            hidden = self.forward(t.ids, t.positions, attention.Pass(t.segments, self.device))
+            return self._sums(hidden, t.scores)[0].double().cpu().numpy()
+        except torch.cuda.OutOfMemoryError:
+            if len(prompts) == 1:
+                raise
+            return None
 
     def _sums(self, hidden, scores: tree.Scores, stats: bool = False):
         """Sequence sums of log-prob, entropy and mean logit from the hidden states of a pass."""
@@ -162,7 +184,7 @@ class Engine:
         with self.using_tree(), torch.set_grad_enabled(backward is not None):
             if kl and len(passes) > 1:
                 with autocast():
-                    values = self.score(group.prompts, group.borrowed, self.token_budget)
+                    values = self.score(group.prompts, group.borrowed, self.scoring_tokens)
                 z0 = self._z0(self._tensor(values), group.ref_kl, reduce)
             for numbers in passes:
                 with autocast():

@@ -165,6 +165,8 @@ class PackedKTOTrainer(KTOTrainer):
             budget, layers = memory.limits(self.engine, sample, self._autocast, checkpoint_layers, row)
             self.engine.token_budget = token_budget or budget
             self.engine.checkpoint_layers = layers
+        else:
+            self.engine.scoring_tokens = max(row, min(token_budget, memory.SCORING[self.engine.device.type == "cuda"]))
         if self.engine.token_budget is not None and row > self.engine.token_budget:
             over = int(np.sum(self.rows.prompt.lengths + self.rows.completion.lengths - 1 > self.engine.token_budget))
             budget = f"{self.engine.token_budget:,} tokens of one pass"
@@ -192,7 +194,7 @@ class PackedKTOTrainer(KTOTrainer):
     def _scores(self, rows: TokenRows) -> ReferenceScores:
         def score(prompts, completions, done):
             with self.reference.active(), self._autocast():
-                return self.engine.score(prompts, completions, memory.scoring_budget(self.engine), done)
+                return self.engine.score(prompts, completions, self.engine.scoring_tokens, done)
 
         share = None
         if self.accelerator.num_processes > 1:
