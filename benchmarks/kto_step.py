@@ -308,7 +308,10 @@ def measure(args: argparse.Namespace, argv: list[str]) -> dict:
                 child = subprocess.run(
                     [sys.executable, __file__, *argv, "--worker", name, "--cache", cache],
                     stdout=subprocess.PIPE, stderr=None if args.profile else subprocess.PIPE, text=True,
-                    env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"},
+                    env={
+                        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",  # the same for all
+                        **os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
+                    },
                 )  # fmt: skip
             lines = [line for line in child.stdout.splitlines() if line.startswith(MARK)]
             if child.returncode or not lines:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -141,9 +140,8 @@ def main() -> int:
             ]
             for flag, value in (("--tokenizer", args.tokenizer), ("--shape", args.shape), ("--max-length", length)):
                 command += [flag, str(value)] if value else []
-            env = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
             try:
-                done = subprocess.run(command, capture_output=True, text=True, timeout=args.timeout, env=env)
+                done = subprocess.run(command, capture_output=True, text=True, timeout=args.timeout)
                 line = next((x for x in reversed(done.stdout.splitlines()) if x.startswith("RESULT ")), None)
                 tail = (done.stderr or done.stdout)[-1500:]
                 result = json.loads(line[7:]) if line else {"preset": preset, "error": tail}

@@ -1,3 +1,10 @@
 """The library behind KTO Studio: data, presets, training, chat and export. Never imports gradio."""
 
+import os
+import sys
+
 __version__ = "0.1.0"
+
+if sys.platform == "linux" and "PYTORCH_ALLOC_CONF" not in os.environ:
+    # torch reads it when it first takes GPU memory: blocks that grow leave no holes between batches of unequal size
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
