@@ -13,6 +13,7 @@ run before. The first steps of each run are not timed. Ratios are rows/s against
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -110,6 +111,7 @@ def worker(args: argparse.Namespace) -> dict:
         seconds = timer.seconds / timer.steps / (args.batch_size * args.accumulation) + reference / len(labels)
         peak = torch.cuda.max_memory_reserved() if gpu else peak_rss()
         del trainer, model
+        gc.collect()
         if gpu:
             torch.cuda.empty_cache()
         return {

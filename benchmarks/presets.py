@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -35,6 +36,7 @@ def one(args) -> dict:
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, args.cap_gib * GIB / total))
+        os.environ[hardware.LIMIT] = str(args.cap_gib)
     shape = args.shape or MODELS[args.preset]
     name = shape if shape == "demo" else str(shapes.make(shape, Path(args.models) / shape, args.tokenizer))
     run_dir = Path(tempfile.mkdtemp(prefix="kto-bench-"))

@@ -7,11 +7,13 @@ checkpoint and how many tokens to pack into one pass. Knows nothing of torch. Al
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
 
 from . import hardware, model_shape
+from .engine import passes
 from .hardware import GIB, Device
 from .model_shape import Shape
 
@@ -20,6 +22,16 @@ if TYPE_CHECKING:
 
 SMALLER = {"20b": "13b", "13b": "7b", "7b": "3b", "3b": "demo"}
 UNKNOWN = 7e9  # parameters assumed of a model whose name tells nothing
+Y_TOKENS = 1.25  # what a batch counts in a token budget, for each of its own tokens: half of it completions
+
+
+class Saved(NamedTuple):
+    """Bytes kept of one token in one layer, per unit of a width: with 16-bit activations, with float32 activations."""
+
+    hidden: tuple[float, float]
+    kv: tuple[float, float]
+    ffn: tuple[float, float]
+    other: tuple[float, float] = (134.0, 262.0)
 
 
 @dataclass(frozen=True)
@@ -29,10 +41,11 @@ class Coefficients:
     Calibration: ``saved_*`` are the bytes autograd keeps for one token in one decoder layer with LoRA on all seven
     projections, per unit of hidden size, K/V heads' width and FFN width: a least-squares fit (residual < 1 byte) to
     ``torch.autograd.graph.saved_tensors_hooks`` over Llama layers of six sizes. The frozen weights' own format does
-    not change them. The rest follows from formats, except ``context``, ``working`` and ``slack``: assumptions, to be
-    measured on a card, for the CUDA context, the temporaries of one layer's backward, and fragmentation. ``process``
-    and ``slack_cpu`` come from the demo model's peak resident memory with TRL's step, 4 rows of up to 294 tokens:
-    4.36 GiB, of which the plan counts 4.2.
+    not change them. ``packed`` is the same of the packed engine's lean layers (`engine.lean`), by model type, since
+    they do not replace everything in every architecture; the rank adds nothing there. The rest follows from
+    formats, except ``context``, ``working`` and ``slack``: assumptions, to be measured on a card, for the CUDA context,
+    the temporaries of one layer's backward, and fragmentation. ``process`` and ``slack_cpu`` come from the demo model's
+    peak resident memory with TRL's step, 4 rows of up to 294 tokens: 4.36 GiB, of which the plan counts 4.2.
     """
 
     nf4: float = 0.5 + 1 / 64 + 4 / (64 * 256)  # 4 bits, 8 for every 64 weights, a float for 256 of those: 4.127 bits
@@ -42,6 +55,16 @@ class Coefficients:
     saved_ffn: tuple[float, float] = (10.0, 16.0)
     saved_lora: float = 4.0  # per unit of rank, for each adapted projection
     saved_other: float = 232.0
+    packed: Mapping[str, Saved] = field(
+        default_factory=lambda: {
+            "": Saved((14.1, 22.1), (2.0, 4.0), (4.0, 8.0)),  # Llama, Mistral, Qwen2
+            "qwen3": Saved((18.1, 26.1), (4.0, 6.0), (4.0, 8.0)),
+            "phi3": Saved((18.1, 30.1), (3.0, 6.0), (8.0, 16.0)),
+            "gemma": Saved((14.1, 22.1), (2.0, 4.0), (8.0, 16.0)),
+            "gemma2": Saved((58.3, 70.3), (0.0, 0.0), (8.0, 16.0)),
+            "gemma3_text": Saved((26.1, 34.1), (4.0, 6.0), (8.0, 16.0)),
+        }
+    )
     working: float = 1.25  # of one layer's saved bytes, while it is computed again and its gradients flow
     adapter: float = 4.0 + 4.0  # float32 weight and gradient
     adam8: float = 2.0 + 8 / 256  # two 8-bit moments, a float for 256 of each
@@ -53,9 +76,8 @@ class Coefficients:
     process: float = 1.3 * GIB  # main memory of Python with its libraries, on a CPU
     slack: float = 0.06  # of everything that comes and goes
     slack_cpu: float = 0.3  # the same in main memory, whose allocator keeps what was freed
-    target_tokens: int = 8192  # packing more into one pass gains little
     safe: float = 0.92  # share of the available memory up to which a plan "fits"
-    aim: float = 0.88  # share that the choice of layers and tokens stays under
+    aim: float = 0.88  # share that TRL's checkpointing stays under
 
 
 @dataclass(frozen=True)
@@ -117,6 +139,7 @@ class _Fit:
     available: float
     checkpoint: int
     tokens: int
+    least: float | None = None  # what the packed engine can make do with; it takes more where there is more
 
     @property
     def total(self) -> float:
@@ -124,63 +147,107 @@ class _Fit:
 
 
 def _fit(c: RunConfig, s: Shape, lengths: Sequence[int], available: float, k: Coefficients, *, gpu: bool) -> _Fit:
-    """Choose tokens of a pass and layers to checkpoint: the widest pass, then the fewest layers that make it fit."""
-    packed = _engine(c, s) == "packed"
-    longest = max(lengths)
-    rows = max(1, c.effective_batch_size // c.num_gpus)
-    if packed:
-        tokens = max(longest, min(k.target_tokens, math.ceil(rows * sum(lengths) / len(lengths))))
-    else:  # padded to the longest row of the micro-batch
-        tokens = min(c.per_device_train_batch_size, rows) * longest
-    choices = range(s.layers + 1) if packed else (0, s.layers)
+    """Choose tokens of a pass and layers to checkpoint, as the engine will."""
+    if _engine(c, s) == "packed":
+        return _fit_packed(c, s, lengths, available, k, gpu=gpu)
+    tokens = min(c.per_device_train_batch_size, _rows(c)) * max(lengths)  # padded to the longest row of the micro-batch
+    choices = (0, s.layers)
     if c.gradient_checkpointing != "auto":
         choices = (s.layers if c.gradient_checkpointing else 0,)
     elif c.engine == "unsloth":  # its own checkpointing is always on
         choices = (s.layers,)
-
-    def total(checkpoint: int, n: int) -> float:
-        return sum(_parts(c, s, n, checkpoint, k, gpu, packed).values())
-
-    room = available * k.aim
-    checkpoint = next((n for n in choices if total(n, tokens) <= room), choices[-1])
-    if packed and (over := total(checkpoint, tokens)) > room and tokens > longest:
-        slope = (over - total(checkpoint, longest)) / (tokens - longest)
-        fixed = total(checkpoint, longest) - slope * longest
-        tokens = max(longest, min(tokens, int((room - fixed) / slope)))
-    return _Fit(_parts(c, s, tokens, checkpoint, k, gpu, packed), available, checkpoint, tokens)
+    found = [_Fit(_parts(c, s, _padded(c, s, tokens, n, k, gpu), k, gpu), available, n, tokens) for n in choices]
+    return next((f for f in found if f.total <= available * k.aim), found[-1])
 
 
-def _parts(c: RunConfig, s: Shape, tokens: int, checkpoint: int, k: Coefficients, gpu: bool, packed: bool) -> dict:
-    """GiB of each part at the peak: the backward pass of the first layers, gradients and optimizer state in place."""
-    wide = c.dtype == "float32" or (c.dtype == "auto" and not gpu)
-    number = 4 if wide else 2
-    four_bits = c.load_in_4bit or s.quantized
-    linear = (k.nf4 if c.bnb_4bit_use_double_quant else k.plain4) if four_bits else number
-    adapters = s.lora_parameters(c.target_modules, c.r)
-    adapted = len(s.adapted(c.target_modules))
+def _rows(c: RunConfig) -> int:
+    return max(1, c.effective_batch_size // c.num_gpus)
+
+
+def _fit_packed(c, s: Shape, lengths, available: float, k: Coefficients, *, gpu: bool) -> _Fit:
+    longest, rows = max(lengths), _rows(c)
+    draw = random.Random(0)
+    sums = [sum(draw.choices(lengths, k=rows)) for _ in range(32)]  # tokens of some optimizer batches
+    nothing = dict.fromkeys(("activations", "K/V store", "logits"), 0.0)
+    base = _parts(c, s, nothing, k, gpu)
+    taken = sum(base[n] for n in ("weights", "adapters", "CUDA context" if gpu else "program") if n in base)
+    state = base["optimizer"] + base["adapters"] / 2  # the other half, the weights, is there already
+    free = (available - (taken - base["adapters"] / 2)) * (1 if gpu else 0.5) * passes.SHARE - state
+    free = free * GIB - passes.RESERVE["cuda" if gpu else "cpu"]
+
+    def most(n: int) -> int:
+        return max(0, int(free / sum(_tree(c, s, 1, n, k, gpu, store=True)[x] for x in ("activations", "K/V store"))))
+
+    choices = range(s.layers + 1)
+    if c.gradient_checkpointing != "auto":
+        choices = [s.layers if c.gradient_checkpointing else 0]
+    elif not gpu:
+        choices = [0] if most(0) >= longest else [0, s.layers]
+    groups = [int(n * Y_TOKENS) for n in sums]
+    budget, layers = passes.cheapest(groups, longest, s.layers, choices, most)
+    single = max(groups) <= budget
+    tokens = max(sums) if single else max(longest, min(budget, max(sums)))
+    moving = _tree(c, s, tokens, layers, k, gpu, store=single)
+    least = _parts(c, s, _tree(c, s, longest, max(choices), k, gpu, store=False), k, gpu)
+    return _Fit(_parts(c, s, moving, k, gpu), available, layers, tokens, sum(least.values()))
+
+
+def _tree(c, s: Shape, tokens: int, checkpoint: int, k: Coefficients, gpu: bool, *, store: bool) -> dict[str, float]:
+    """Bytes that come and go in a pass of the packed engine, at the backward of the first layers."""
+    wide, number = _number(c, gpu)
+    saved = k.packed.get(s.architecture, k.packed[""])
+    layer = saved.hidden[wide] * s.hidden + saved.kv[wide] * s.kv_width + saved.ffn[wide] * s.intermediate
+    layer += saved.other[wide]
+    kept = (s.layers - checkpoint) * layer + checkpoint * s.hidden * number + (layer if checkpoint else 0)
+    passing = passes.working(s.hidden, s.intermediate, number) + 3 * number * s.hidden
+    return {
+        "activations": tokens * (kept + passing),
+        "K/V store": tokens * s.layers * s.kv_width * number if store else 0,
+        "logits": min(tokens, k.chunk_tokens) * s.vocabulary * k.logits,
+    }
+
+
+def _padded(c: RunConfig, s: Shape, tokens: int, checkpoint: int, k: Coefficients, gpu: bool) -> dict[str, float]:
+    """Bytes that come and go in TRL's step."""
+    wide, number = _number(c, gpu)
     ffn = s.intermediate * max(1, s.experts_per_token)
     layer = tokens * (
         k.saved_hidden[wide] * s.hidden
         + k.saved_kv[wide] * s.kv_width / 2
         + k.saved_ffn[wide] * ffn
-        + k.saved_lora * c.r * adapted
+        + k.saved_lora * c.r * len(s.adapted(c.target_modules))
         + k.saved_other
     )
     kept = (s.layers - checkpoint) * layer + checkpoint * tokens * s.hidden * number
-    passing = layer * (k.working if checkpoint else k.working - 1)
+    return {
+        "activations": kept + layer * (k.working if checkpoint else k.working - 1),
+        "logits": min(tokens, k.chunk_tokens) * s.vocabulary * k.logits,
+    }
+
+
+def _number(c: RunConfig, gpu: bool) -> tuple[bool, int]:
+    """Whether activations are float32, and the bytes of one number."""
+    wide = c.dtype == "float32" or (c.dtype == "auto" and not gpu)
+    return wide, 4 if wide else 2
+
+
+def _parts(c: RunConfig, s: Shape, moving: dict[str, float], k: Coefficients, gpu: bool) -> dict[str, float]:
+    """GiB of each part at the peak: the backward pass of the first layers, gradients and optimizer state in place."""
+    _, number = _number(c, gpu)
+    four_bits = c.load_in_4bit or s.quantized
+    linear = (k.nf4 if c.bnb_4bit_use_double_quant else k.plain4) if four_bits else number
+    adapters = s.lora_parameters(c.target_modules, c.r)
     largest = max(a * b for a, b in s.linears.values()) * (max(1, s.experts) if s.experts else 1)
     bytes_ = {
         "weights": s.linear_parameters * linear + s.other_parameters * number,
         "adapters": adapters * (k.adapter + (k.ddp if c.num_gpus > 1 else 0)),
         "optimizer": adapters * (k.adam8 if "8bit" in c.optim else k.adam32),
-        "activations": kept + passing,
-        "K/V store": s.layers * tokens * s.kv_width * number if packed else 0,
-        "logits": min(tokens, k.chunk_tokens) * s.vocabulary * k.logits,
+        **moving,
         "dequantized layer": 2 * largest * number if four_bits else 0,
         "CUDA context" if gpu else "program": k.context if gpu else k.process,
     }
-    moving = bytes_["activations"] + bytes_["K/V store"] + bytes_["logits"] + bytes_["dequantized layer"]
-    bytes_["fragmentation"] = (k.slack if gpu else k.slack_cpu) * moving
+    come_and_go = sum(moving.values()) + bytes_["dequantized layer"]
+    bytes_["fragmentation"] = (k.slack if gpu else k.slack_cpu) * come_and_go
     return {name: b / GIB for name, b in bytes_.items()}
 
 
@@ -190,7 +257,8 @@ def _engine(c: RunConfig, s: Shape) -> str:
 
 
 def _verdict(found: _Fit, k: Coefficients) -> str:
-    if found.total <= found.available * k.safe:
+    need = found.total if found.least is None else found.least
+    if need <= found.available * k.safe and found.total <= found.available:
         return "fits"
     return "tight" if found.total <= found.available else "does not fit"
 

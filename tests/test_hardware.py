@@ -189,6 +189,38 @@ def test_saved_bytes_of_a_layer_are_what_autograd_saves():
         assert counted == pytest.approx(measured, rel=0.02)
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text"])
+def test_saved_bytes_of_the_packed_engine(kind):
+    """The coefficients against what the engine measures on layers of a size that was not fitted."""
+    from contextlib import nullcontext
+    from functools import partial
+
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from kto_core.engine import memory
+    from kto_core.engine.step import Engine
+
+    hidden, ffn, heads, kv = 384, 896, 6, 2
+    for wide, dtype in enumerate((torch.bfloat16, torch.float32)):
+        c = AutoConfig.for_model(
+            kind, hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=2, num_attention_heads=heads,
+            num_key_value_heads=kv, head_dim=64, vocab_size=200, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        )  # fmt: skip
+        model = get_peft_model(
+            AutoModelForCausalLM.from_config(c, dtype=dtype), LoraConfig(r=8, target_modules="all-linear")
+        )
+        for p in model.parameters():
+            p.data = p.data.float() if p.requires_grad else p.data
+        autocast = nullcontext if wide else partial(torch.autocast, "cpu", torch.bfloat16)
+        measured = memory.measure(Engine(model), autocast)[0]
+        k = memory_plan.Coefficients().packed
+        saved = k.get(kind, k[""])
+        counted = saved.hidden[wide] * hidden + saved.kv[wide] * 2 * 64 * kv + saved.ffn[wide] * ffn + saved.other[wide]
+        assert counted == pytest.approx(measured, rel=0.02)
+
+
 @pytest.mark.parametrize("preset", ["3b", "7b", "13b", "20b"])
 @pytest.mark.parametrize("engine", ["auto", "trl", "unsloth"])
 def test_presets_fit_24_gib_on_usual_rows(preset, engine):

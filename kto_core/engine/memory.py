@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import math
 
 import numpy as np
 import torch
 
 from . import attention, tree
-from .step import y_tokens
+from .passes import RESERVE, SHARE, cheapest, working, y_tokens
 
 SCORING = (2048, 16384)  # most tokens of a pass without gradients: enough to keep a CPU, or a GPU, busy
-Y_PASS = 0.3  # of a batch's forward: the y' on kept keys and values
-PASS = 512  # tokens whose forward takes as long as what every pass costs: weights taken out of 4 bits, kernel launches
 MEASURED = (64, 192)  # tokens of the measured passes
-SHARE = 0.85  # of the free memory that is planned with; the rest is fragmentation and what was not counted
-RESERVE = {"cuda": 3 * 2**28, "cpu": 2**28}  # logits' chunks, gradients of the head's input, kernels' workspaces
 
 
 def sample_groups(planner, count: int = 32) -> list[int]:
@@ -33,50 +28,40 @@ def sample_groups(planner, count: int = 32) -> list[int]:
 
 
 def limits(
-    engine, groups: list[int], autocast, checkpoint_layers: int | None, longest: int, recompute: bool | None = None
+    engine,
+    groups: list[int],
+    autocast,
+    checkpoint_layers: int | None,
+    longest: int,
+    recompute: bool | None = None,
+    moments: float = 8,
 ):
-    """(token budget, layers to recompute) with which the sampled batches cost least.
+    """(token budget, layers to recompute) with which the sampled batches cost least (`passes.cheapest`).
 
-    A batch that fits one pass costs a forward, a backward and its y'; one that does not needs another forward for z0
-    before. Recomputed layers cost their share of a forward and leave room for more tokens in a pass. The budget is at
-    least the longest row if that is possible at all. ``checkpoint_layers`` given: only the budget is chosen.
-    ``recompute``: layers may be recomputed before passes get smaller; default on a GPU (a CPU has memory, not speed, to
-    spare). Also sets ``engine.scoring_tokens``, the tokens of a pass without gradients.
+    ``checkpoint_layers`` given: only the budget is chosen. ``recompute``: layers may be recomputed before passes get
+    smaller; default on a GPU (a CPU has memory, not speed, to spare). ``moments``: bytes that the optimizer keeps of a
+    parameter. Also sets ``engine.scoring_tokens``, the tokens of a pass without gradients.
     """
     total = len(engine.layers)
     per_layer, per_input, rest, copies = measure(engine, autocast)
-    working = _working(engine, per_input)
+    config = engine.causal.config.get_text_config()
+    width = config.hidden_size
+    busy = working(width, getattr(config, "intermediate_size", 4 * width), int(per_input // width))
     free = available(engine.device) * SHARE - RESERVE.get(engine.device.type, 0)
     adapter = sum(p.numel() for p in engine.model.parameters() if p.requires_grad)
-    free -= copies + 12 * adapter  # gradient and Adam's moments
-    engine.scoring_tokens = max(longest, min(SCORING[engine.device.type == "cuda"], int(free / (2 * working + rest))))
+    free -= copies + (4 + moments) * adapter  # gradient and Adam's moments
+    engine.scoring_tokens = max(longest, min(SCORING[engine.device.type == "cuda"], int(free / (2 * busy + rest))))
 
     def most(layers: int) -> int:
-        a_token = (total - layers) * per_layer + layers * per_input + (per_layer if layers else 0) + working + rest
+        a_token = (total - layers) * per_layer + layers * per_input + (per_layer if layers else 0) + busy + rest
         return max(0, int(free / a_token))
-
-    def cost(layers: int) -> float:
-        budget, each = most(layers), 2 + layers / total
-        if budget < longest:
-            return math.inf
-        passes = [math.ceil(g / budget) for g in groups]
-        return sum(g * (each + (Y_PASS if n == 1 else 1)) + PASS * n for g, n in zip(groups, passes, strict=True))
 
     choices = range(total + 1) if checkpoint_layers is None else [min(checkpoint_layers, total)]
     if recompute is None:
         recompute = engine.device.type != "cpu"
     if not recompute and checkpoint_layers is None:
         choices = [0, total] if most(0) < longest else [0]
-    best = min(choices, key=cost)
-    best = best if cost(best) < math.inf else choices[-1]
-    return most(best), best
-
-
-def _working(engine, per_input: float) -> float:
-    """Bytes a token that come and go in one layer's backward: gradients of the FFN's and attention's activations."""
-    config = engine.causal.config.get_text_config()
-    number = per_input / config.hidden_size
-    return number * (5 * getattr(config, "intermediate_size", 4 * config.hidden_size) + 6 * config.hidden_size)
+    return cheapest(groups, longest, total, choices, most)
 
 
 def measure(engine, autocast) -> tuple[float, float, float, float]:

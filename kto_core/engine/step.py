@@ -18,6 +18,7 @@ import torch.utils.checkpoint
 
 from . import attention, lean, tree
 from .loss import Head, kto_losses, sequence_sums, token_logps
+from .passes import y_tokens
 
 
 @dataclass
@@ -50,11 +51,6 @@ class Result:
     tokens: int
     packed: int
     passes: int
-
-
-def y_tokens(length: int) -> int:
-    """What a y' counts in a token budget: it is run without gradients, one layer's activations at a time."""
-    return length // 2
 
 
 class Engine:

@@ -162,7 +162,8 @@ class PackedKTOTrainer(KTOTrainer):
         row = longest(self.rows)
         if token_budget is None or checkpoint_layers is None:
             sample = memory.sample_groups(self.planner)
-            budget, layers = memory.limits(self.engine, sample, self._autocast, checkpoint_layers, row)
+            moments = 2.1 if "8bit" in str(self.args.optim) else 8
+            budget, layers = memory.limits(self.engine, sample, self._autocast, checkpoint_layers, row, moments=moments)
             self.engine.token_budget = token_budget or budget
             self.engine.checkpoint_layers = layers
         else:
