@@ -135,3 +135,19 @@ def test_four_bit_weights_and_autocast():
     assert [t.dtype for t in results[0]] == [torch.float32] * 4
     for ours, theirs in zip(*results, strict=True):
         assert (ours - theirs).norm() < 0.02 * theirs.norm()
+
+
+def test_a_measured_model_can_be_freed():
+    """The graph of the measured passes must not hold the model: a run's memory has to come back."""
+    import gc
+    import weakref
+    from contextlib import nullcontext
+
+    from kto_core.engine import memory
+
+    model = oracle.tuned_model()
+    weights = [weakref.ref(p) for p in model.parameters()]
+    memory.measure(Engine(model), nullcontext)
+    del model
+    gc.collect()
+    assert not any(w() is not None for w in weights)

@@ -78,6 +78,10 @@ def measure(engine, autocast) -> tuple[float, float, float, float]:
     return per_layer, width, rest, max(0.0, few - per_layer * layers * MEASURED[0])
 
 
+def _unpack(_):
+    raise RuntimeError("a pass that is only measured has no backward")
+
+
 def _kept(engine, autocast, tokens: int) -> tuple[int, int, int]:
     """Bytes that a pass of ``tokens`` tokens saves in the layers and outside, and of one hidden state."""
     ids = np.arange(tokens + 1, dtype=np.int32) % 97 + 3
@@ -93,7 +97,7 @@ def _kept(engine, autocast, tokens: int) -> tuple[int, int, int]:
             seen.add(storage.data_ptr())
             alive.append(storage)
             kept[where] += storage.nbytes()
-        return tensor
+        # not the tensor: an output that its own node holds is a circle that is never collected; no backward will ask
 
     def enter(*_):
         nonlocal where
@@ -106,7 +110,7 @@ def _kept(engine, autocast, tokens: int) -> tuple[int, int, int]:
     before, engine.checkpoint_layers = engine.checkpoint_layers, 0
     hooks = [h for m in engine.layers for h in (m.register_forward_pre_hook(enter), m.register_forward_hook(leave))]
     try:
-        with engine.using_tree(), autocast(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        with engine.using_tree(), autocast(), torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
             hidden = engine.forward(t.ids, t.positions, attention.Pass(t.segments, engine.device))
     finally:
         engine.checkpoint_layers = before
