@@ -3,7 +3,7 @@
 ``python benchmarks/presets.py --data FILE [--presets 3b,7b,13b] [--lengths 512,1024,2048] [--json OUT]`` trains each
 preset at its own batch, length and LoRA for ``--steps`` optimizer steps, on a model of the real shape with random
 weights (`shapes.py`), loaded in NF4 through the product's own path, in a process of its own whose share of the card is
-capped at ``--cap-gib`` (torch.cuda.set_per_process_memory_fraction). It prints the predicted peak beside
+capped at ``--cap-gib`` (KTO_STUDIO_GPU_GIB). It prints the predicted peak beside
 ``torch.cuda.max_memory_reserved`` plus the CUDA context.
 """
 
@@ -28,15 +28,16 @@ GIB = 2**30
 
 def one(args) -> dict:
     """Train one preset here; what happened, as a dict. Called in a fresh process."""
+    if args.engine == "unsloth":
+        from kto_core.unsloth_model import import_first
+
+        import_first()
     import shapes
     import torch
 
     from kto_core import config, dataset, events, hardware, model, template, train
 
-    if torch.cuda.is_available():
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, args.cap_gib * GIB / total))
-        os.environ[hardware.LIMIT] = str(args.cap_gib)
+    os.environ[hardware.LIMIT] = str(args.cap_gib)  # also for the child in which Unsloth trains
     shape = args.shape or MODELS[args.preset]
     name = shape if shape == "demo" else str(shapes.make(shape, Path(args.models) / shape, args.tokenizer))
     run_dir = Path(tempfile.mkdtemp(prefix="kto-bench-"))
@@ -74,6 +75,7 @@ def one(args) -> dict:
         "verdict": plan.verdict,
     }
     if torch.cuda.is_available():
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
     try:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from .errors import HardwareError
 
 GIB = 2**30
-LIMIT = "KTO_STUDIO_GPU_GIB"  # plan as if every GPU had only that much memory
+LIMIT = "KTO_STUDIO_GPU_GIB"  # of every GPU, at most that much memory is planned with and taken
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,17 @@ def _limit() -> float:
         return float(os.environ.get(LIMIT) or "inf")
     except ValueError:
         raise HardwareError(f"{LIMIT} must be a number of GiB, not {os.environ[LIMIT]!r}. Mend or unset it.") from None
+
+
+def keep_to_limit() -> None:
+    """Hold this process to the memory of each GPU that the user allows; called before a model is loaded."""
+    import torch
+
+    if (limit := _limit()) == float("inf") or not torch.cuda.is_available():
+        return
+    for index in range(torch.cuda.device_count()):
+        total = torch.cuda.get_device_properties(index).total_memory / GIB
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), index)
 
 
 def _ours(pynvml, handle) -> int:

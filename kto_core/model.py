@@ -244,9 +244,13 @@ def load_base(
 
     import torch
 
+    from .hardware import keep_to_limit
+
     transformers_ready()
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils import logging as transformers_logging
+
+    keep_to_limit()
 
     folder = local_folder(config.model, progress, cancel)
     dtype = training_dtype(config)

@@ -39,8 +39,10 @@ def load_unsloth(config: RunConfig):
         raise ModelError("Unsloth trains in a process of its own: choose worker `process`.")
     from unsloth import FastLanguageModel
 
+    from .hardware import keep_to_limit
     from .model import local_folder, training_dtype
 
+    keep_to_limit()
     try:
         model, _ = FastLanguageModel.from_pretrained(
             model_name=str(local_folder(config.model)),

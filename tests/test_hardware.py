@@ -86,6 +86,22 @@ def test_cuda_visible_devices(setting, chosen):
     assert hardware.visible(["GPU-a1", "GPU-b2", "GPU-c3"], setting) == chosen
 
 
+def test_the_process_keeps_to_the_limit(monkeypatch):
+    import torch
+
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(total_memory=24 * GIB))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, i: asked.append((i, share)))
+    monkeypatch.delenv(hardware.LIMIT, raising=False)
+    hardware.keep_to_limit()
+    assert asked == []
+    monkeypatch.setenv(hardware.LIMIT, "6")
+    hardware.keep_to_limit()
+    assert asked == [(0, 0.25), (1, 0.25)]
+
+
 def test_no_driver_is_no_gpu(monkeypatch):
     broken = FakeNvml()
     broken.nvmlInit = lambda: (_ for _ in ()).throw(FakeNvml.NVMLError("Driver Not Loaded"))
