@@ -30,10 +30,10 @@ def test_same_outputs_and_gradients(architecture):
     assert torch.allclose(out, plain_out, rtol=1e-5, atol=1e-6)
     assert torch.allclose(grad, plain_grad, rtol=1e-4, atol=1e-5)
     assert found.keys() == plain.keys() and oracle.worst(found, plain) < 1e-5
-    kinds = {f.func for _, f in forwards}
+    kinds = {f.func for _, _, f in forwards}
     assert lean._projection in kinds
     if architecture in ("llama", "mistral", "qwen2", "qwen3"):
-        assert kinds == {lean._projection, lean._swiglu, lean._rms_norm}
+        assert kinds == {lean._projection, lean._swiglu, lean._rms_norm, lean._rope}
 
 
 def test_adapters_off_means_the_base_model():
@@ -69,12 +69,33 @@ def test_less_is_kept_for_the_backward():
     assert kept[1] < 0.85 * kept[0]
 
 
+def test_a_layer_computed_again_ends_before_its_largest_product(monkeypatch):
+    model = oracle.tuned_model()
+    engine = Engine(model, checkpoint_layers=99)
+    decoder, count = engine.decoder, {}
+    names = {id(m): n.split(".")[-2] for n, m in decoder.named_modules() if n.endswith("base_layer")}
+    real = lean.dense
+
+    def counted(base, dtype):
+        count[names[id(base)]] = count.get(names[id(base)], 0) + 1
+        return real(base, dtype)
+
+    monkeypatch.setattr(lean, "dense", counted)
+    decoder.train()
+    with lean.use(engine.lean):
+        x = decoder.embed_tokens(torch.arange(5, 15)[None]).requires_grad_()
+        decoder(inputs_embeds=x, use_cache=False).last_hidden_state.sum().backward()
+    layers = len(decoder.layers)
+    assert count["down_proj"] == 2 * layers  # forward, backward
+    assert count["up_proj"] == count["q_proj"] == 3 * layers  # and once more in between
+
+
 @pytest.mark.parametrize("change", [{"lora_dropout": 0.1}, {"use_dora": True}, {"lora_bias": True}])
 def test_other_adapters_keep_their_own_forward(change):
     config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", **change)
     model = get_peft_model(oracle.base_model(), config)
     forwards = lean.lean_forwards(model.get_base_model().model)
-    assert {f.func for _, f in forwards} <= {lean._rms_norm}
+    assert {f.func for _, _, f in forwards} <= {lean._rms_norm, lean._rope}
 
 
 def test_a_module_that_only_looks_alike_keeps_its_own_forward():
@@ -88,8 +109,8 @@ def test_a_module_that_only_looks_alike_keeps_its_own_forward():
     for layer in decoder.layers:
         layer.mlp.__class__ = Louder
     forwards = lean.lean_forwards(decoder)
-    assert not any(f.func is lean._swiglu for _, f in forwards)
-    assert any(m is decoder.layers[0].mlp.down_proj for m, _ in forwards)  # its projections still are leaner
+    assert not any(f.func is lean._swiglu for _, _, f in forwards)
+    assert any(m is decoder.layers[0].mlp.down_proj for m, _, _ in forwards)  # its projections still are leaner
 
 
 def test_forwards_come_back_also_after_an_error():
@@ -122,7 +143,7 @@ def test_four_bit_weights_and_autocast():
     for part in (layer.lora_A, layer.lora_B):
         part.float()  # as training keeps them
     forwards = lean.lean_forwards(model)
-    assert [m for m, _ in forwards] == [layer]
+    assert [m for m, _, _ in forwards] == [layer]
     x = torch.randn(3, 128, dtype=torch.bfloat16)
     results = []
     for used in (forwards, []):

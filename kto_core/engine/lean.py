@@ -4,8 +4,10 @@
 
 - LoRA projections: one autograd function instead of PEFT's chain. It keeps its input only, takes the frozen weight out
   of its 4 bits when it is needed, and adds the adapter's part inside a matrix product.
-- SwiGLU: the product of gate and up is made again in the backward instead of being kept.
+- SwiGLU: the product of gate and up is made again in the backward instead of being kept. What the down projection needs
+  is kept before it is run, so that a layer that is computed again ends there and saves the largest product.
 - RMSNorm: torch's own, which keeps its input instead of float32 copies of it.
+- RoPE: three kernels instead of nine, and the heads stay in the order in which attention wants them.
 
 Anything that is not known for sure (dropout, DoRA, several adapters, another activation) keeps its own forward.
 """
@@ -13,17 +15,19 @@ Anything that is not known for sure (dropout, DoRA, several adapters, another ac
 from __future__ import annotations
 
 import contextlib
+import functools
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-Forwards = list[tuple[torch.nn.Module, Callable]]
+Forwards = list[tuple[object, str, Callable]]  # whose, its name there, what to run instead
 
 
 def lean_forwards(decoder: torch.nn.Module) -> Forwards:
-    """(module, forward) of all layers of ``decoder`` that have a leaner forward which gives the same result."""
+    """What in ``decoder``'s layers has a leaner function that gives the same result."""
     found: Forwards = []
     checked: dict[tuple, bool] = {}
     inside: set[int] = set()  # projections that run as a part of their SwiGLU
@@ -35,26 +39,31 @@ def lean_forwards(decoder: torch.nn.Module) -> Forwards:
         if kind not in checked:
             checked[kind] = _agrees(module, forward)
         if checked[kind]:
-            found.append((module, forward))
+            found.append((module, "forward", forward))
             if forward.func is _swiglu:
                 inside.add(id(module.down_proj))
+    for source in {type(m).__module__ for m in decoder.modules()}:
+        code = sys.modules.get(source)
+        theirs = getattr(code, "apply_rotary_pos_emb", None)
+        if theirs is not None and _rotates_alike(theirs):
+            found.append((code, "apply_rotary_pos_emb", partial(_rope, theirs)))
     return found
 
 
 @contextlib.contextmanager
 def use(forwards: Forwards) -> Iterator[None]:
-    """Inside, the modules run these forwards. Blocks may be nested."""
-    before = [(module, module.__dict__.get("forward")) for module, _ in forwards]
+    """Inside, these run. Blocks may be nested."""
+    before = [(owner, name, vars(owner).get(name)) for owner, name, _ in forwards]
     try:
-        for module, forward in forwards:
-            module.__dict__["forward"] = forward
+        for owner, name, forward in forwards:
+            vars(owner)[name] = forward
         yield
     finally:
-        for module, forward in before:
+        for owner, name, forward in before:
             if forward is None:
-                module.__dict__.pop("forward", None)
+                vars(owner).pop(name, None)
             else:
-                module.__dict__["forward"] = forward
+                vars(owner)[name] = forward
 
 
 # ---- what is replaced ------------------------------------------------------------------------------------------------
@@ -129,24 +138,31 @@ def _rms_norm(weight, eps, x):
 
 
 def _projection(layer, x, *_, **__):
-    return _apply(layer, x, None)
+    (x,) = _as_autocast(x)
+    return _project(layer, x, None)
 
 
 def _swiglu(mlp, x):
-    return _apply(mlp.down_proj, mlp.up_proj(x), mlp.gate_proj(x))
+    up, gate = _as_autocast(mlp.up_proj(x), mlp.gate_proj(x))
+    h = _Gated.apply(up, gate)
+    return _project(mlp.down_proj, h, h.grad_fn)
 
 
-def _apply(layer, x, gate):
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        x, gate = x.to(dtype), gate if gate is None else gate.to(dtype)
+def _as_autocast(*tensors):
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(t.to(dtype) for t in tensors)
+
+
+def _project(layer, x, gated):
     base = getattr(layer, "base_layer", layer)
     if base is layer or layer.disable_adapters:
-        return _Projection.apply(x, gate, base, None, None, 0.0)
+        return _Projection.apply(x, gated, base, None, None, 0.0)
     (adapter,) = layer.lora_A
     a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-    return _Projection.apply(x, gate, base, a, b, layer.scaling[adapter])
+    return _Projection.apply(x, gated, base, a, b, layer.scaling[adapter])
 
 
 def dense(base, dtype) -> torch.Tensor:
@@ -159,47 +175,121 @@ def dense(base, dtype) -> torch.Tensor:
     return weight.to(dtype)
 
 
-class _Projection(torch.autograd.Function):
-    """``h W^T + bias + scale (h A^T) B^T`` with h = x, or h = silu(gate) * x. W is frozen; A and B may be None."""
+class _Gated(torch.autograd.Function):
+    """``silu(gate) * up``. Keeps both for itself and for the projection that follows."""
 
     @staticmethod
-    def forward(ctx, x, gate, base, a, b, scale):
-        ctx.base, ctx.scale = base, scale
-        ctx.save_for_backward(x, gate, a, b)
+    def forward(ctx, up, gate):
+        ctx.save_for_backward(up, gate)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def activated(ctx):
+        """(up, gate, silu(gate)). Saved tensors of a layer that is computed again can be asked for once only."""
+        if not hasattr(ctx, "values"):
+            up, gate = ctx.saved_tensors
+            ctx.values = up, gate, F.silu(gate)
+        return ctx.values
+
+    @staticmethod
+    def backward(ctx, grad):
+        up, gate, activated = _Gated.activated(ctx)
+        del ctx.values
+        grad_up = activated.mul_(grad)
+        return grad_up, torch.ops.aten.silu_backward(grad.mul_(up), gate)  # the projection made grad for this alone
+
+
+class _Projection(torch.autograd.Function):
+    """``x W^T + bias + scale (x A^T) B^T``. W is frozen, A and B may be None. ``gated``: the node that made x."""
+
+    @staticmethod
+    def forward(ctx, x, gated, base, a, b, scale):
+        ctx.gated, ctx.base, ctx.a, ctx.b, ctx.scale = gated, base, a, b, scale
+        if gated is None and a is not None:
+            ctx.save_for_backward(x)
+        ctx.dtype = x.dtype
         with torch.autocast(x.device.type, enabled=False):
-            h = (x if gate is None else F.silu(gate).mul_(x)).flatten(0, -2)
+            rows = x.flatten(0, -2)
             bias = None if base.bias is None else base.bias.to(x.dtype)
-            out = F.linear(h, dense(base, x.dtype), bias)
+            out = F.linear(rows, dense(base, x.dtype), bias)
             if a is not None:
-                out.addmm_(h @ a.to(x.dtype).t(), b.to(x.dtype).t(), alpha=scale)
+                out.addmm_(rows @ a.to(x.dtype).t(), b.to(x.dtype).t(), alpha=scale)
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, grad):
-        x, gate, a, b = ctx.saved_tensors
-        base, scale = ctx.base, ctx.scale
-        wanted_x, wanted_gate, _, wanted_a, wanted_b, _ = ctx.needs_input_grad
-        with torch.autocast(x.device.type, enabled=False):
-            shape, x, grad = x.shape, x.flatten(0, -2), grad.to(x.dtype).flatten(0, -2)
-            activated = None if gate is None else F.silu(gate.flatten(0, -2))
-            grad_x = grad_gate = grad_a = grad_b = None
-            low_grad = None
+        a, b, base, scale, dtype = ctx.a, ctx.b, ctx.base, ctx.scale, ctx.dtype
+        wanted_x, _, _, wanted_a, wanted_b, _ = ctx.needs_input_grad
+        shape, grad = grad.shape, grad.to(dtype).flatten(0, -2)
+        grad_x = grad_a = grad_b = None
+        with torch.autocast(grad.device.type, enabled=False):
             if a is not None:
-                a_, b_ = a.to(x.dtype), b.to(x.dtype)
+                a_, b_ = a.to(dtype), b.to(dtype)
                 low_grad = (grad @ b_).mul_(scale)
-                h = x if gate is None else activated * x
+                x = _input(ctx)
                 if wanted_a:
-                    grad_a = (low_grad.t() @ h).to(a.dtype)
+                    grad_a = (low_grad.t() @ x).to(a.dtype)
                 if wanted_b:
-                    grad_b = (grad.t() @ (h @ a_.t()).mul_(scale)).to(b.dtype)
-                del h
-            if wanted_x or wanted_gate:
-                grad_h = grad @ dense(base, x.dtype)
+                    grad_b = (grad.t() @ (x @ a_.t()).mul_(scale)).to(b.dtype)
+                del x
+            if wanted_x:
+                grad_x = grad @ dense(base, dtype)
                 if a is not None:
-                    grad_h.addmm_(low_grad, a_)
-                if gate is None:
-                    grad_x = grad_h.view(shape)
-                else:
-                    grad_x = activated.mul_(grad_h).view(shape)
-                    grad_gate = torch.ops.aten.silu_backward(grad_h.mul_(x), gate.flatten(0, -2)).view(gate.shape)
-        return grad_x, grad_gate, None, grad_a, grad_b, None
+                    grad_x.addmm_(low_grad, a_)
+                grad_x = grad_x.view(*shape[:-1], -1)
+        return grad_x, None, None, grad_a, grad_b, None
+
+
+def _input(ctx) -> torch.Tensor:
+    """What a projection was given, ``[tokens, in]``."""
+    if ctx.gated is None:
+        (x,) = ctx.saved_tensors
+    else:
+        up, _, activated = _Gated.activated(ctx.gated)
+        x = activated * up
+    return x.flatten(0, -2)
+
+
+# ---- rotary positions ------------------------------------------------------------------------------------------------
+
+
+def _rope(theirs, q, k, cos, sin, *args, **kwargs):
+    usual = not args and not kwargs and q.shape[-1] == cos.shape[-1] and cos.ndim == 3
+    if not usual or not q.dtype == k.dtype == cos.dtype:
+        return theirs(q, k, cos, sin, *args, **kwargs)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return _Rotation.apply(q, cos, sin), _Rotation.apply(k, cos, sin)
+
+
+class _Rotation(torch.autograd.Function):
+    """``x cos + rotate_half(x) sin`` of ``[1, heads, tokens, width]``."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        half = x.shape[-1] // 2
+        out = x * cos
+        out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+        out[..., half:].addcmul_(x[..., :half], sin[..., half:])
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        half = grad.shape[-1] // 2
+        out = grad * cos
+        out[..., :half].addcmul_(grad[..., half:], sin[..., half:])
+        out[..., half:].addcmul_(grad[..., :half], sin[..., :half], value=-1)
+        return out, None, None
+
+
+@functools.cache
+def _rotates_alike(theirs) -> bool:
+    """Some architectures turn neighbours instead of halves, or have other arguments."""
+    q, k, cos, sin = (torch.randn(1, *s, dtype=torch.float64) for s in ((2, 3, 8), (1, 3, 8), (3, 8), (3, 8)))
+    try:
+        return all(
+            torch.allclose(a, b) for a, b in zip(theirs(q, k, cos, sin), _rope(theirs, q, k, cos, sin), strict=True)
+        )
+    except (TypeError, RuntimeError, ValueError):
+        return False
