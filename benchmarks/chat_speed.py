@@ -1,7 +1,8 @@
 """Tokens a second of a streamed answer: ``python benchmarks/chat_speed.py [--model M] [--load-in-4bit] [--tokens N]``.
 
 Loads a model as the Chat tab does and answers one question, batch 1, greedy, with the end of turn switched off so that
-every variant writes as many tokens: ``chat`` is the product's stream; ``plain`` is transformers' generate with its
+every variant writes as many tokens: ``chat`` is the product's stream, ``base`` the same with the adapter switched off;
+``plain`` is transformers' generate with its
 growing cache; ``static`` is the same with a static cache, which transformers compiles and captures on a GPU. The first
 answer of a variant is not timed (``warm-up`` says how long it took). ``first token`` counts from the question on.
 """
@@ -18,7 +19,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
 QUESTION = [{"role": "user", "content": "Tell me, in as many words as you like, how a bicycle stays upright."}]
-VARIANTS = ("chat", "plain", "static")
+VARIANTS = ("chat", "base", "plain", "static")
 
 
 def arguments(argv=None) -> argparse.Namespace:
@@ -57,7 +58,12 @@ def load(args):
         from peft import LoraConfig, get_peft_model
 
         base = get_peft_model(base, LoraConfig(r=args.adapter_r, target_modules=targets(), task_type="CAUSAL_LM"))
-    return chat.Chat(base.eval(), model.load_tokenizer(folder), args.model, bool(args.adapter_r))
+    loaded = chat.Chat(base.eval(), model.load_tokenizer(folder), args.model, bool(args.adapter_r))
+    if torch.cuda.is_available():
+        began = time.perf_counter()
+        loaded.warm_up()
+        print(f"warmed up in {time.perf_counter() - began:.1f} s, decoder: {loaded.decoder}", file=sys.stderr)
+    return loaded
 
 
 def answer(loaded, variant: str, tokens: int) -> tuple[float, float, int]:
@@ -65,8 +71,8 @@ def answer(loaded, variant: str, tokens: int) -> tuple[float, float, int]:
     import torch
 
     began, first, count = time.perf_counter(), None, 0
-    if variant == "chat":
-        for _ in loaded.stream(QUESTION, temperature=0, max_new_tokens=tokens):
+    if variant in ("chat", "base"):
+        for _ in loaded.stream(QUESTION, temperature=0, max_new_tokens=tokens, tuned=variant == "chat"):
             first = first or time.perf_counter() - began
         return first or 0.0, time.perf_counter() - began, loaded.stats["tokens"]
     from transformers import GenerationConfig
@@ -101,7 +107,11 @@ def measure(args) -> dict:
 
     loaded, found = load(args), {}
     for variant in args.names:
-        warm_up = answer(loaded, variant, args.tokens)[1]
+        try:
+            warm_up = answer(loaded, variant, args.tokens)[1]
+        except Exception as e:  # what transformers cannot compile here is no reason to lose the rest
+            found[variant] = {"error": f"{type(e).__name__}: {e}"[:200]}
+            continue
         timed = [answer(loaded, variant, args.tokens) for _ in range(args.repeat)]
         found[variant] = {
             "tokens_per_s": round(statistics.median(n / seconds for _, seconds, n in timed), 2),
@@ -121,6 +131,9 @@ def main(argv=None) -> int:
         return 0
     print("| variant | tokens/s | first token s | tokens | warm-up s |\n|---|---|---|---|---|")
     for name, v in found["variants"].items():
+        if "error" in v:
+            print(f"| {name} | {v['error']} | | | |")
+            continue
         print(f"| {name} | {v['tokens_per_s']} | {v['first_token_s']} | {v['tokens']} | {v['warm_up_s']} |")
     return 0
 

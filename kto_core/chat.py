@@ -13,6 +13,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from .errors import BusyError, Cancelled, DiskError, ModelError
@@ -57,6 +58,7 @@ class Chat:
         self._owned = owned or contextlib.ExitStack()
         self._answering = threading.Lock()
         self._closed = threading.Event()
+        self.decoder = None  # `decode.Decoder`, where it serves; otherwise transformers' generate answers
 
     @classmethod
     def load(
@@ -89,7 +91,22 @@ class Chat:
                 base = models.load_adapter(base, adapter)
             base.eval()
             check_cancel(cancel)
-            return cls(base, tokenizer, name, adapter is not None, stack.pop_all())
+            chat = cls(base, tokenizer, name, adapter is not None, stack.pop_all())
+        if base.device.type == "cuda":
+            progress(None, "Warming up…")
+            chat.warm_up()
+        return chat
+
+    def warm_up(self) -> None:
+        """Make the first answer as fast as the others: adapters in the model's format, the decoding step captured."""
+        from .decode import ready
+        from .template import render_chat
+
+        for name, parameter in self.model.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.to(self.model.dtype)
+        greeting = render_chat([{"role": "user", "content": "Hello"}], self.tokenizer, None)
+        self.decoder = ready(self.model, greeting, self.has_adapter)
 
     @property
     def device(self) -> str:
@@ -137,7 +154,9 @@ class Chat:
         global _current
         self._closed.set()
         with self._answering:
-            self.model = None
+            if self.decoder is not None:
+                self.decoder.close()
+            self.model = self.decoder = None
             self._owned.close()
         if _current is self:
             _current = None
@@ -201,12 +220,33 @@ class Chat:
         }
         counter.ends, counter.limit = set(config.eos_token_id), config.max_new_tokens
         base = self.has_adapter and not tuned
+        if self.decoder is not None:
+            return partial(self._decode, ids, base, arguments), out, counter
 
         def call() -> None:
             with torch.inference_mode(), self.model.disable_adapter() if base else contextlib.nullcontext():
                 self.model.generate(**arguments)
 
         return call, out, counter
+
+    def _decode(self, ids: list[int], base: bool, arguments: dict) -> None:
+        """What generate would do with these arguments, step by step with the decoder."""
+        import torch
+        from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
+
+        config, out = arguments["generation_config"], arguments["streamer"]
+        processors = arguments["logits_processor"]
+        if config.repetition_penalty != 1:
+            processors.insert(0, RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
+        stop, counter = arguments["stopping_criteria"]
+        out.put(torch.tensor([ids]))  # which it skips
+        for token in self.decoder.tokens(
+            ids, base, lambda text, logits: processors(text, logits).argmax(-1), config.max_new_tokens
+        ):
+            out.put(torch.tensor([token]))
+            counter.count(token)
+            if counter.ended or stop.wanted():
+                return
 
     def _streamed(self, generation, stop: threading.Event, cancel, forgotten: int) -> Iterator[str]:
         call, out, counter = generation

@@ -43,8 +43,11 @@ class Stop(StoppingCriteria):
     def __init__(self, events: list[threading.Event | None]):
         self.events = [e for e in events if e is not None]
 
+    def wanted(self) -> bool:
+        return any(e.is_set() for e in self.events)
+
     def __call__(self, input_ids, scores, **kwargs):
-        return torch.full((len(input_ids),), any(e.is_set() for e in self.events), device=input_ids.device)
+        return torch.full((len(input_ids),), self.wanted(), device=input_ids.device)
 
 
 class Counter(StoppingCriteria):
@@ -53,9 +56,12 @@ class Counter(StoppingCriteria):
     def __init__(self):
         self.tokens, self.limit, self.ended, self.ends = 0, 0, False, set()
 
-    def __call__(self, input_ids, scores, **kwargs):
+    def count(self, token: int) -> None:
         self.tokens += 1
-        self.ended = int(input_ids[0, -1]) in self.ends
+        self.ended = token in self.ends
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.count(int(input_ids[0, -1]))
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 

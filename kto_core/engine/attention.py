@@ -50,21 +50,26 @@ class Pass:
         return self._plans[key]
 
 
-def register() -> None:
-    """Make "kto_tree" known to transformers; again does nothing."""
+def register(name: str, function) -> None:
+    """Make an attention function known to transformers; again does nothing."""
     from transformers import AttentionInterface
 
-    AttentionInterface.register(NAME, tree_attention)
+    AttentionInterface.register(name, function)
+
+
+def use_tree(configs):
+    """Inside, modules with these configs attend with "kto_tree"; backward passes that recompute belong inside too."""
+    register(NAME, tree_attention)
+    return use(configs, NAME)
 
 
 @contextlib.contextmanager
-def use_tree(configs):
-    """Inside, modules with these configs attend with "kto_tree"; backward passes that recompute belong inside too."""
-    register()
+def use(configs, attention: str):
+    """Inside, modules with these configs attend with the registered function of that name."""
     before = [(c, c._attn_implementation) for c in configs if hasattr(c, "_attn_implementation_internal")]
     try:
         for config, _ in before:
-            config._attn_implementation_internal = NAME
+            config._attn_implementation_internal = attention
         yield
     finally:
         for config, name in before:
@@ -207,23 +212,25 @@ def _masked_plan(segments: Segments, device, window) -> list[_Call]:
 
 def _masked(calls: list[_Call], query, key, value, scaling, softcap):
     parts = []
-    gqa = query.shape[1] != key.shape[1]
     for call in calls:
         q = query[:, :, call.q[0] : call.q[1]]
         if isinstance(call.k, tuple):
             k, v = key[:, :, call.k[0] : call.k[1]], value[:, :, call.k[0] : call.k[1]]
         else:
             k, v = key.index_select(2, call.k), value.index_select(2, call.k)
-        if softcap:
-            parts.append(_capped(q, k, v, call.allowed, scaling, softcap))
-        else:
-            parts.append(
-                F.scaled_dot_product_attention(
-                    q, k, v, attn_mask=call.allowed, is_causal=call.allowed is None, scale=scaling, enable_gqa=gqa
-                )
-            )
+        parts.append(attend(q, k, v, call.allowed, scaling, softcap))
     out = torch.cat(parts, 2) if len(parts) > 1 else parts[0]
     return out.transpose(1, 2).contiguous()
+
+
+def attend(q, k, v, allowed, scaling, softcap=None):
+    """``[1, H, T, D]`` over ``[1, Hkv, K, D]``. ``allowed``: bool ``[T, K]``; None: causal, square."""
+    if softcap:
+        return _capped(q, k, v, allowed, scaling, softcap)
+    gqa = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=allowed, is_causal=allowed is None, scale=scaling, enable_gqa=gqa
+    )
 
 
 def _capped(q, k, v, allowed, scaling, softcap):

@@ -69,8 +69,13 @@ def use(forwards: Forwards) -> Iterator[None]:
 # ---- what is replaced ------------------------------------------------------------------------------------------------
 
 
+def is_lora(module) -> bool:
+    """A linear layer with one plain LoRA adapter."""
+    return hasattr(module, "lora_A") and _is_projection(module)
+
+
 def _lean(module) -> partial | None:
-    if _is_projection(module) and hasattr(module, "lora_A"):
+    if is_lora(module):
         return partial(_projection, module)
     if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
         weight = module.weight
@@ -293,3 +298,6 @@ def _rotates_alike(theirs) -> bool:
         )
     except (TypeError, RuntimeError, ValueError):
         return False
+
+
+SMALL = (_rms_norm, _rope)  # what also pays in steps of one token
