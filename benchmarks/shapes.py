@@ -1,7 +1,8 @@
 """Models of a real architecture's shape with random weights: speed and memory do not depend on the values.
 
 ``python benchmarks/shapes.py NAME FOLDER`` saves one (bf16, safetensors) with the demo model's tokenizer. Sizes are
-those of the published config.json files; a vocabulary smaller than the tokenizer's (49,152) is enlarged to it.
+those of the published config.json files; gpt-oss is written in the layout of its 4-bit checkpoints; a vocabulary
+smaller than the tokenizer's (49,152) is enlarged to it.
 """
 
 from __future__ import annotations
@@ -63,11 +64,66 @@ def make(name: str, folder: str | Path, tokenizer_dir: str | Path | None = None,
         setattr(config, key, getattr(tokenizer, key))
     config.dtype = torch.bfloat16
     torch.manual_seed(0)
-    with torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")):
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if model_type == "gpt_oss":
+        _write_gpt_oss(config, folder, device)
+        tokenizer.save_pretrained(folder)
+        return folder
+    with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def _write_gpt_oss(config, folder: Path, device: str) -> None:
+    """The 4-bit layout of gpt-oss checkpoints for QLoRA: every expert two linear layers, NF4 with double quantization.
+
+    A file a layer, so that no more than one is in memory.
+    """
+    import json
+
+    import torch
+    from bitsandbytes.functional import quantize_4bit
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    h, wide, where = config.hidden_size, config.intermediate_size, {}
+    q, kv = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+
+    def random(*shape):
+        return torch.randn(*shape, device=device, dtype=torch.bfloat16) * 0.02
+
+    def quantized(name: str, outputs: int, inputs: int) -> dict:
+        data, state = quantize_4bit(random(outputs, inputs), blocksize=64, quant_type="nf4", compress_statistics=True)
+        found = {f"{name}.weight": data, f"{name}.bias": random(outputs)}
+        return found | {f"{name}.weight.{k}": v for k, v in state.as_dict(packed=True).items()}
+
+    def write(name: str, tensors: dict) -> None:
+        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, folder / name, {"format": "pt"})
+        where.update(dict.fromkeys(tensors, name))
+
+    for i in range(config.num_hidden_layers):
+        at = f"model.layers.{i}"
+        tensors = {f"{at}.{n}.weight": torch.ones(h) for n in ("input_layernorm", "post_attention_layernorm")}
+        tensors[f"{at}.self_attn.sinks"] = random(config.num_attention_heads)
+        for n, (o, n_in) in {"q": (q, h), "k": (kv, h), "v": (kv, h), "o": (h, q)}.items():
+            tensors |= quantized(f"{at}.self_attn.{n}_proj", o, n_in)
+        tensors[f"{at}.mlp.router.linear.weight"] = random(config.num_local_experts, h)
+        tensors[f"{at}.mlp.router.linear.bias"] = random(config.num_local_experts)
+        for e in range(config.num_local_experts):
+            tensors |= quantized(f"{at}.mlp.experts.gate_up_projs.{e}", 2 * wide, h)
+            tensors |= quantized(f"{at}.mlp.experts.down_projs.{e}", h, wide)
+        write(f"model-{i:05}.safetensors", tensors)
+    ends = {"model.embed_tokens.weight": random(config.vocab_size, h), "model.norm.weight": torch.ones(h)}
+    write("model-ends.safetensors", ends | {"lm_head.weight": random(config.vocab_size, h)})
+    config.architectures = ["GptOssForCausalLM"]
+    config.quantization_config = {
+        "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "bfloat16", "llm_int8_skip_modules": ["lm_head"],
+    }  # fmt: skip
+    config.save_pretrained(folder)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
 
 
 if __name__ == "__main__":

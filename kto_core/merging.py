@@ -71,6 +71,7 @@ def _load_plain(base: str):
     import torch
     from transformers import AutoModelForCausalLM
 
+    from . import gpt_oss
     from . import model as models
 
     quantized = models.model_facts(base).quantized
@@ -87,9 +88,11 @@ def _load_plain(base: str):
             "bitsandbytes 4-bit model to export, or share the adapter alone."
         )
     try:
-        model = AutoModelForCausalLM.from_pretrained(base, **how)
+        model = models.load_whole(AutoModelForCausalLM, Path(base), **how)
         if quantized == "bitsandbytes":
             model = model.dequantize()
+        if model.config.model_type == "gpt_oss":
+            gpt_oss.fuse(model)
         if quantized:  # else save_pretrained would try to quantize again, the way it was loaded
             model._weight_conversions = None
         return model

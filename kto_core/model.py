@@ -271,12 +271,7 @@ def load_base(
     progress(None, f"Loading {config.model}…")
     transformers_logging.disable_progress_bar()
     try:
-        try:
-            model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", **kwargs)
-        except ValueError as e:
-            if "scaled_dot_product_attention" not in str(e):
-                raise
-            model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", **kwargs)
+        model = load_whole(AutoModelForCausalLM, folder, **kwargs)
     except torch.cuda.OutOfMemoryError as e:
         raise HardwareError(
             f"{config.model} does not fit into the GPU's free memory. Unload the chat model, close what else uses the "
@@ -297,6 +292,32 @@ def load_base(
     model.config.use_cache = not for_training
     model.config._name_or_path = model.name_or_path = public_name(config.model)
     model.train(for_training)
+    return model
+
+
+def load_whole(kind, folder: Path, **kwargs):
+    """``kind.from_pretrained``, with every weight of the model in the checkpoint."""
+    from . import gpt_oss
+
+    ours = model_facts(str(folder)).model_type == "gpt_oss"
+    if ours:
+        gpt_oss.register()
+    for attention in (gpt_oss.ATTENTION,) if ours else ("sdpa", "eager"):
+        try:
+            with gpt_oss.layout(folder) if ours else contextlib.nullcontext():
+                model, info = kind.from_pretrained(
+                    folder, attn_implementation=attention, output_loading_info=True, **kwargs
+                )
+            break
+        except ValueError as e:
+            if attention == "eager" or "scaled_dot_product_attention" not in str(e):
+                raise
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(
+            f"{len(missing)} weights are not in the files of {folder.name} ({', '.join(missing[:3])}…); they would be "
+            "random numbers. The download is not whole, or the files are of another format: fetch it again, or choose "
+            "another."
+        )
     return model
 
 

@@ -1,0 +1,105 @@
+"""gpt-oss in the layout of its 4-bit checkpoints: loaded whole, exact, trained, merged into transformers' own."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from training import make_data, resolved
+
+from kto_core import gpt_oss, run
+from kto_core.errors import ModelError
+from kto_core.model import load_base
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+
+@pytest.fixture(scope="module")
+def tiny_oss(tiny_model, tmp_path_factory):
+    """Two layers, four experts, with the tokenizer of the tiny model."""
+    import shapes
+    from transformers import AutoConfig, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    config = AutoConfig.for_model(
+        "gpt_oss", hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, head_dim=16,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, vocab_size=len(tokenizer), sliding_window=8,
+        max_position_embeddings=4096, bos_token_id=1, eos_token_id=2, pad_token_id=2, dtype=torch.bfloat16,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("oss") / "model"
+    shapes._write_gpt_oss(config, folder, "cpu")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def load(folder):
+    return load_base(resolved(folder, "none").config, for_training=False)
+
+
+def test_experts_are_in_4_bits_and_everything_is_exact(tiny_oss):
+    """Against transformers' own experts, router and eager attention on the dequantized weights."""
+    model = load(tiny_oss)
+    experts = model.model.layers[0].mlp.experts
+    assert type(experts.gate_up_projs[3]).__name__ == "Linear4bit"
+    assert experts.gate_up_projs[3].weight.dtype == torch.uint8
+    model = model.dequantize().float()
+    ids = torch.arange(40)[None].repeat(2, 1) + torch.tensor([[5], [60]])
+    mask = torch.ones_like(ids)
+    mask[1, 25:] = 0  # longer than the window; padded on the right
+    with torch.no_grad():
+        ours = model(input_ids=ids, attention_mask=mask).logits
+        answer = model.generate(input_ids=ids[:1], max_new_tokens=12, do_sample=False)
+        gpt_oss.fuse(model)
+        model.set_attn_implementation("eager")
+        theirs = model(input_ids=ids, attention_mask=mask).logits
+        assert torch.equal(answer, model.generate(input_ids=ids[:1], max_new_tokens=12, do_sample=False))
+    assert type(model.model.layers[0].mlp.experts).__module__.startswith("transformers.")
+    assert float(theirs.std()) > 0.05
+    assert torch.allclose(ours[mask.bool()], theirs[mask.bool()], atol=1e-5)
+
+
+def test_sinks_have_a_gradient_like_eager_attention(tiny_oss):
+    model = load(tiny_oss).dequantize().float()
+    found = []
+    for attention in (gpt_oss.ATTENTION, "eager"):
+        model.set_attn_implementation(attention)
+        model.zero_grad()
+        model(input_ids=torch.arange(30)[None] + 7).logits.square().mean().backward()
+        found.append([model.model.layers[0].self_attn.sinks.grad, model.model.embed_tokens.weight.grad])
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-7)
+
+
+def test_it_trains_and_merges(tiny_oss, tmp_path):
+    from kto_core.export import merge
+
+    data = make_data(tmp_path / "rows.jsonl")
+    made = run.create(
+        resolved(tiny_oss, data, engine="auto", max_steps=3, target_modules=["q_proj", "v_proj"], max_length=512)
+    )
+    run.start(made, block=True)
+    state = made.state()
+    assert state.state == "finished", state.error
+    assert any("mixture of experts" in entry["text"] for entry in state.logs)
+    merged = Path(merge(made))
+    names = gpt_oss.tensor_names(merged)
+    assert "model.layers.1.mlp.experts.gate_up_proj" in names and not any("projs.0" in n for n in names)
+    assert "quantization_config" not in json.loads((merged / "config.json").read_text())
+
+
+def test_weights_that_are_not_there_are_named(tiny_oss, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "half"
+    shutil.copytree(tiny_oss, folder)
+    file = folder / "model-00001.safetensors"
+    kept = {k: v for k, v in load_file(file).items() if "input_layernorm" not in k}
+    save_file(kept, file, {"format": "pt"})
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"] = {k: v for k, v in content["weight_map"].items() if "layers.1.input_layernorm" not in k}
+    index.write_text(json.dumps(content))
+    with pytest.raises(ModelError, match=r"weights are not in the files of half \(model.layers.1.input_layernorm"):
+        load(folder)
