@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 # name: model_type, hidden, intermediate, layers, heads, key/value heads, vocabulary, tied embeddings
 SHAPES = {
+    "smollm2-135m": ("llama", 576, 1536, 30, 9, 3, 49152, True),
     "llama-3.2-3b": ("llama", 3072, 8192, 28, 24, 8, 128256, True),
     "qwen2.5-3b": ("qwen2", 2048, 11008, 36, 16, 2, 151936, True),
     "mistral-7b": ("mistral", 4096, 14336, 32, 32, 8, 32768, False),

@@ -255,6 +255,11 @@ def load_base(
     folder = local_folder(config.model, progress, cancel)
     dtype = training_dtype(config)
     quantized = model_facts(str(folder)).quantized
+    if quantized == "mxfp4" and for_training:
+        raise ModelError(
+            f"{config.model} is stored in MXFP4, which cannot be trained as it is and takes four times the memory "
+            "unpacked. Choose its bitsandbytes sibling, for gpt-oss-20b unsloth/gpt-oss-20b-unsloth-bnb-4bit."
+        )
     gpu = torch.cuda.is_available()
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if gpu else "cpu"
     kwargs = {"dtype": dtype, "device_map": {"": device}, "use_safetensors": True, "trust_remote_code": False}

@@ -103,3 +103,13 @@ def test_weights_that_are_not_there_are_named(tiny_oss, tmp_path):
     index.write_text(json.dumps(content))
     with pytest.raises(ModelError, match=r"weights are not in the files of half \(model.layers.1.input_layernorm"):
         load(folder)
+
+
+def test_mxfp4_is_refused_for_training(tiny_oss, tmp_path):
+    folder = tmp_path / "mxfp4"
+    shutil.copytree(tiny_oss, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="Choose its bitsandbytes sibling"):
+        load_base(resolved(folder, "none").config, for_training=True)
