@@ -91,9 +91,8 @@ class Decoder:
             chosen = int(token)
             yield chosen
             if n + 1 < len(ids) + limit:
-                with self._running(base):
-                    cache.position.fill_(n)
-                    logits = self._step(base)
+                cache.position.fill_(n)
+                logits = self._step(base)
                 cache.ids.append(chosen)
 
     def close(self) -> None:
@@ -136,10 +135,11 @@ class Decoder:
 
     def _step(self, base: bool) -> torch.Tensor:
         """Logits after the cache's one token at its position."""
-        if not self.graph:
-            return self._one()
-        if base not in self._graphs:
-            self._graphs[base] = self._captured()
+        if not self.graph or base not in self._graphs:
+            with self._running(base):  # takes longer than a captured step
+                if not self.graph:
+                    return self._one()
+                self._graphs[base] = self._captured()
         graph, logits = self._graphs[base]
         graph.replay()
         return logits

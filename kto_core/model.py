@@ -395,7 +395,9 @@ def free_memory() -> None:
     with contextlib.suppress(OSError, AttributeError):  # glibc only
         ctypes.CDLL(None).malloc_trim(0)
     if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_initialized():
+        clear_workspaces = getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)
         with contextlib.suppress(RuntimeError):  # a device in error has nothing to give
+            clear_workspaces()  # cuBLAS keeps one for every thread and stream that has multiplied
             torch.cuda.empty_cache()
 
 
