@@ -166,8 +166,7 @@ def _rows(c: RunConfig) -> int:
 
 def _fit_packed(c, s: Shape, lengths, available: float, k: Coefficients, *, gpu: bool) -> _Fit:
     longest, rows = max(lengths), _rows(c)
-    draw = random.Random(0)
-    sums = [sum(draw.choices(lengths, k=rows)) for _ in range(32)]  # tokens of some optimizer batches
+    sums = _batches(lengths, rows)
     nothing = dict.fromkeys(("activations", "K/V store", "logits"), 0.0)
     base = _parts(c, s, nothing, k, gpu)
     taken = sum(base[n] for n in ("weights", "adapters", "CUDA context" if gpu else "program") if n in base)
@@ -187,13 +186,20 @@ def _fit_packed(c, s: Shape, lengths, available: float, k: Coefficients, *, gpu:
     budget, layers = passes.cheapest(groups, longest, s.layers, choices, most)
     single = max(groups) <= budget
     tokens = max(sums) if single else max(longest, min(budget, max(sums)))
-    moving = _tree(c, s, tokens, layers, k, gpu, store=single)
-    least = _parts(c, s, _tree(c, s, longest, max(choices), k, gpu, store=False), k, gpu)
+    moving = _peak(c, s, tokens, layers, k, gpu, store=single)
+    least = _parts(c, s, _peak(c, s, longest, max(choices), k, gpu, store=False), k, gpu)
     return _Fit(_parts(c, s, moving, k, gpu), available, layers, tokens, sum(least.values()))
 
 
+def _batches(lengths: Sequence[int], rows: int, most: int = 64) -> list[int]:
+    """Tokens of the optimizer batches of an epoch; of some of them where there are many."""
+    shuffled = random.Random(0).sample(list(lengths), min(len(lengths), most * rows))
+    starts = range(0, max(1, len(shuffled) - rows + 1), rows)
+    return [sum(shuffled[a : a + rows]) for a in starts]
+
+
 def _tree(c, s: Shape, tokens: int, checkpoint: int, k: Coefficients, gpu: bool, *, store: bool) -> dict[str, float]:
-    """Bytes that come and go in a pass of the packed engine, at the backward of the first layers."""
+    """Bytes of a pass as the packed engine counts them when it chooses: everything at once."""
     wide, number = _number(c, gpu)
     saved = k.packed.get(s.architecture, k.packed[""])
     layer = saved.hidden[wide] * s.hidden + saved.kv[wide] * s.kv_width + saved.ffn[wide] * s.intermediate
@@ -205,6 +211,19 @@ def _tree(c, s: Shape, tokens: int, checkpoint: int, k: Coefficients, gpu: bool,
         "K/V store": tokens * s.layers * s.kv_width * number if store else 0,
         "logits": min(tokens, k.chunk_tokens) * s.vocabulary * k.logits,
     }
+
+
+def _peak(c, s: Shape, tokens: int, checkpoint: int, k: Coefficients, gpu: bool, *, store: bool) -> dict[str, float]:
+    """Bytes at the peak of a pass: the K/V store is gone when the backward begins, which needs less than is reserved.
+
+    Measured (`benchmarks/RESULTS.md`): 10,258 tokens of a 7B took 10.6 GiB with all layers computed again, 16.1 with 27.
+    """
+    _, number = _number(c, gpu)
+    counted = _tree(c, s, tokens, checkpoint, k, gpu, store=store)
+    spared = tokens * number * (2 * s.intermediate + 2 * s.hidden)
+    backward = counted["activations"] - spared
+    scoring = counted["activations"] + counted["K/V store"] - tokens * passes.working(s.hidden, s.intermediate, number)
+    return {**counted, "activations": backward, "K/V store": max(0.0, scoring - backward)}
 
 
 def _padded(c: RunConfig, s: Shape, tokens: int, checkpoint: int, k: Coefficients, gpu: bool) -> dict[str, float]:
