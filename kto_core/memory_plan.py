@@ -216,7 +216,8 @@ def _tree(c, s: Shape, tokens: int, checkpoint: int, k: Coefficients, gpu: bool,
 def _peak(c, s: Shape, tokens: int, checkpoint: int, k: Coefficients, gpu: bool, *, store: bool) -> dict[str, float]:
     """Bytes at the peak of a pass: the K/V store is gone when the backward begins, which needs less than is reserved.
 
-    Measured (`benchmarks/RESULTS.md`): 10,258 tokens of a 7B took 10.6 GiB with all layers computed again, 16.1 with 27.
+    Measured (`benchmarks/RESULTS.md`): 10,258 tokens of a 7B took 10.6 GiB with all 32 layers computed again, 16.1 with
+    27 of them.
     """
     _, number = _number(c, gpu)
     counted = _tree(c, s, tokens, checkpoint, k, gpu, store=store)

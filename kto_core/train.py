@@ -318,7 +318,7 @@ def _duration(seconds: float) -> str:
 
 
 def _give_back() -> None:
-    """After a training, good or bad: no cached memory, no open W&B run, no accelerator state for the next one."""
+    """After a training, good or bad: no cached memory, no open W&B run, no state of libraries for the next one."""
     import sys
 
     from .model import free_memory
@@ -327,6 +327,9 @@ def _give_back() -> None:
         wandb.finish()
     if (state := sys.modules.get("accelerate.state")) is not None:
         state.AcceleratorState._reset_state(reset_partial_state=True)
+    if (optimizers := sys.modules.get("bitsandbytes.optim")) is not None:
+        # transformers registers the embedding with this one of its kind, which would keep it for ever
+        optimizers.GlobalOptimManager.get_instance().initialize()
     free_memory()
 
 

@@ -237,22 +237,36 @@ def test_checkpoints_are_limited_and_a_full_disk_keeps_the_old_ones(tiny, data, 
     assert checkpoints.newest_whole(tmp_path / "checkpoints")[0].name == "checkpoint-3"
 
 
-def test_memory_comes_back(tiny, data, tmp_path):
+@pytest.mark.parametrize("engine", ["trl", "packed"])
+def test_memory_comes_back(tiny, data, tmp_path, engine):
     import torch
 
     def alive():
         gc.collect()
-        return sum(isinstance(o, torch.nn.Parameter) for o in gc.get_objects())
+        return sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
 
-    run(tiny, data, tmp_path / "a", max_steps=1)
+    run(tiny, data, tmp_path / "a", max_steps=1, engine=engine)
     before = alive()
-    run(tiny, data, tmp_path / "b", max_steps=1)
+    ended = run(tiny, data, tmp_path / "b", max_steps=2, engine=engine)
+    assert ended.state == "finished", ended.error
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "completion": "b", "label": true}\n')
     run(tiny, tmp_path / "bad.jsonl", tmp_path / "c", max_steps=1)
     assert alive() <= before
 
 
 # ---- what goes wrong -------------------------------------------------------------------------------------------------
+
+
+def test_the_8_bit_optimizers_manager_lets_go(tiny, data, tmp_path):
+    """With 8-bit optimizers transformers registers the embedding there, which would keep it."""
+    import torch
+    from bitsandbytes.optim import GlobalOptimManager
+
+    manager = GlobalOptimManager.get_instance()
+    manager.register_module_override(torch.nn.Embedding(4, 4), "weight", {"optim_bits": 32})
+    assert manager.module_weight_config_triple
+    run(tiny, data, tmp_path, max_steps=1)
+    assert not manager.module_weight_config_triple and not manager.pid2config
 
 
 def test_not_a_number_ends_the_run(tiny, data, tmp_path):
