@@ -75,15 +75,23 @@ class Experts(nn.Module):
             self.register_buffer(name, torch.empty(0), persistent=False)  # what transformers initializes
 
     def forward(self, hidden_states, router_indices=None, routing_weights=None):
-        out = torch.zeros_like(hidden_states)
-        for expert in router_indices.unique().tolist():
-            token, slot = torch.where(router_indices == expert)
-            gate_up = self.gate_up_projs[expert](hidden_states[token])
-            gate = gate_up[..., ::2].clamp(max=self.limit)
-            up = gate_up[..., 1::2].clamp(-self.limit, self.limit)
-            answer = self.down_projs[expert]((up + 1) * gate * torch.sigmoid(gate * self.alpha))
-            out.index_add_(0, token, (answer * routing_weights[token, slot, None]).to(out.dtype))
-        return out
+        """``[n, hidden]``, the experts of each token ``[n, k]`` and their weights ``[n, k]`` -> ``[n, hidden]``."""
+        chosen = router_indices.flatten()
+        order = chosen.argsort(stable=True)  # each expert's tokens side by side
+        token = order // router_indices.shape[1]
+        counts = chosen.bincount(minlength=len(self.down_projs)).tolist()
+        gate_up = _each(self.gate_up_projs, hidden_states[token], counts)
+        gate = gate_up[..., ::2].clamp(max=self.limit)
+        up = gate_up[..., 1::2].clamp(-self.limit, self.limit)
+        answers = _each(self.down_projs, (up + 1) * gate * torch.sigmoid(gate * self.alpha), counts)
+        weighted = answers * routing_weights.flatten()[order, None]
+        return torch.zeros_like(hidden_states).index_add_(0, token, weighted.to(hidden_states.dtype))
+
+
+def _each(layers, rows, counts: list[int]) -> torch.Tensor:
+    """Every expert's layer on its own rows."""
+    parts = zip(layers, rows.split(counts), strict=True)
+    return torch.cat([layer(part) for layer, part in parts if len(part)])
 
 
 def fuse(model) -> None:
