@@ -40,7 +40,7 @@ def one(args) -> dict:
     os.environ[hardware.LIMIT] = str(args.cap_gib)  # also for the child in which Unsloth trains
     shape = args.shape or MODELS[args.preset]
     name = shape if shape == "demo" else str(shapes.make(shape, Path(args.models) / shape, args.tokenizer))
-    run_dir = Path(tempfile.mkdtemp(prefix="kto-bench-"))
+    run_dir = Path(args.run_dir)
     overrides = {
         "model": name,
         "data": args.data,
@@ -99,8 +99,17 @@ def one(args) -> dict:
         out["allocated_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 2)
         free, total = torch.cuda.mem_get_info()
         out["context_gib"] = round((total - free) / GIB - torch.cuda.memory_reserved() / GIB, 2)
-    shutil.rmtree(run_dir, ignore_errors=True)
     return out
+
+
+def where(run_dir: Path) -> dict:
+    """How far a run came that was not waited for: its state, step and last remark."""
+    from kto_core import events
+
+    if not (run_dir / "events.jsonl").exists():
+        return {"state": "before the run: making or looking at the model and the data"}
+    state = events.fold(events.read(run_dir / "events.jsonl")[0])
+    return {"state": state.state, "steps": state.step, "log": [x["text"] for x in state.logs][-3:]}
 
 
 def main() -> int:
@@ -119,6 +128,7 @@ def main() -> int:
     parser.add_argument("--keep-models", action="store_true", help="do not delete a shape after its preset")
     parser.add_argument("--one", dest="preset", help=argparse.SUPPRESS)
     parser.add_argument("--max-length", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--run-dir", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.preset:
         print("RESULT " + json.dumps(one(args)), flush=True)
@@ -142,7 +152,9 @@ def main() -> int:
                 "--models",
                 args.models,
             ]
-            for flag, value in (("--tokenizer", args.tokenizer), ("--shape", args.shape), ("--max-length", length)):
+            run_dir = tempfile.mkdtemp(prefix="kto-bench-")
+            flags = {"--tokenizer": args.tokenizer, "--shape": args.shape, "--max-length": length, "--run-dir": run_dir}
+            for flag, value in flags.items():
                 command += [flag, str(value)] if value else []
             try:
                 done = subprocess.run(command, capture_output=True, text=True, timeout=args.timeout)
@@ -151,6 +163,8 @@ def main() -> int:
                 result = json.loads(line[7:]) if line else {"preset": preset, "error": tail}
             except subprocess.TimeoutExpired:
                 result = {"preset": preset, "max_length": length, "error": f"not done in {args.timeout} s"}
+                result |= where(Path(run_dir))
+            shutil.rmtree(run_dir, ignore_errors=True)
             print(json.dumps(result, ensure_ascii=False), flush=True)
             results.append(result)
             if args.json:
