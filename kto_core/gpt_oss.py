@@ -62,6 +62,15 @@ def tensor_names(folder: Path) -> set[str]:
     return found
 
 
+def fused_experts(folder: Path) -> int:
+    """Parameters that a layer's experts share in one tensor: bitsandbytes quantizes linear layers and leaves these."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with layout(folder), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    return sum(p.numel() for name, p in model.named_parameters() if ".experts." in name and p.dim() == 3)
+
+
 class Experts(nn.Module):
     """transformers' GptOssExperts with two linear layers an expert. Gate and up alternate in ``gate_up_projs``."""
 

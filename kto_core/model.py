@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 DEMO = "demo"  # the model name of the embedded SmolLM2-135M-Instruct
 DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # where the same weights live; written into adapters
+EXPERTS = r".*\.experts\..*"  # their modules, whatever the architecture calls them
 
 demo_model_dir = demo_model.demo_model_dir
 
@@ -244,7 +245,7 @@ def load_base(
 
     import torch
 
-    from .hardware import keep_to_limit
+    from .hardware import GIB, keep_to_limit
 
     transformers_ready()
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -259,6 +260,12 @@ def load_base(
         raise ModelError(
             f"{config.model} is stored in MXFP4, which cannot be trained as it is and takes four times the memory "
             "unpacked. Choose its bitsandbytes sibling, for gpt-oss-20b unsloth/gpt-oss-20b-unsloth-bnb-4bit."
+        )
+    if config.load_in_4bit and not quantized and for_training and (fused := _fused_experts(folder)):
+        raise ModelError(
+            f"The experts of {config.model} ({fused / 1e9:.1f} billion parameters) cannot be put into 4 bits "
+            f"on loading; in 16 bits they take {2 * fused / GIB:.0f} GiB. Choose a checkpoint with them in 4 bits "
+            "(for gpt-oss-20b unsloth/gpt-oss-20b-unsloth-bnb-4bit), or set load_in_4bit to false."
         )
     gpu = torch.cuda.is_available()
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if gpu else "cpu"
@@ -317,7 +324,11 @@ def load_whole(kind, folder: Path, **kwargs):
         except ValueError as e:
             if attention == "eager" or "scaled_dot_product_attention" not in str(e):
                 raise
-    if missing := sorted(info["missing_keys"]):
+    missing = sorted(info["missing_keys"])
+    for name, module in model.named_modules():  # 4-bit weights say nothing without their scales
+        if type(module).__name__ == "Linear4bit" and getattr(module.weight, "quant_state", None) is None:
+            missing.append(f"{name}.weight.quant_state")
+    if missing:
         raise ModelError(
             f"{len(missing)} weights are not in the files of {folder.name} ({', '.join(missing[:3])}…); they would be "
             "random numbers. The download is not whole, or the files are of another format: fetch it again, or choose "
@@ -326,8 +337,17 @@ def load_whole(kind, folder: Path, **kwargs):
     return model
 
 
+def _fused_experts(folder: Path) -> int:
+    """Parameters that would stay in 16 bits (`gpt_oss.fused_experts`); 0 for dense models."""
+    if not model_facts(str(folder)).experts:
+        return 0
+    from . import gpt_oss
+
+    return gpt_oss.fused_experts(folder)
+
+
 def lora_config(config: RunConfig):
-    """PEFT's LoraConfig of a run.
+    """PEFT's LoraConfig of a run. ``all-linear`` leaves experts alone, which are thousands of linear layers.
 
     Raises:
         ConfigError: ``lm_head`` is a target (log-probabilities are computed from its weight: it would never train).
@@ -343,6 +363,7 @@ def lora_config(config: RunConfig):
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=targets if isinstance(targets, str) else names,
+        exclude_modules=EXPERTS if targets == "all-linear" and model_facts(config.model).experts else None,
         bias="none",
         task_type=TaskType.CAUSAL_LM,
     )

@@ -113,3 +113,64 @@ def test_mxfp4_is_refused_for_training(tiny_oss, tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="Choose its bitsandbytes sibling"):
         load_base(resolved(folder, "none").config, for_training=True)
+
+
+def test_4_bit_weights_without_their_scales_are_named(tiny_oss, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "scaleless"
+    shutil.copytree(tiny_oss, folder)
+    lost = "gate_up_projs.2.weight."
+    file, index = folder / "model-00001.safetensors", folder / "model.safetensors.index.json"
+    save_file({k: v for k, v in load_file(file).items() if lost not in k}, file, {"format": "pt"})
+    content = json.loads(index.read_text())
+    content["weight_map"] = {k: v for k, v in content["weight_map"].items() if "layers.1." not in k or lost not in k}
+    index.write_text(json.dumps(content))
+    with pytest.raises(ModelError, match=r"layers.1.mlp.experts.gate_up_projs.2.weight.quant_state"):
+        load(folder)
+
+
+def test_experts_that_would_stay_in_16_bits_are_refused(tiny_oss, tmp_path):
+    """A checkpoint in transformers' own layout: loaded in 4 bits, only its attention would be."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(tiny_oss)
+    del config.quantization_config
+    folder = tmp_path / "fused"
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    with pytest.raises(ModelError, match="cannot be put into 4 bits"):
+        load_base(resolved(folder, "none", load_in_4bit=True).config, for_training=True)
+    load_base(resolved(folder, "none", load_in_4bit=False).config, for_training=True)
+
+
+def test_adapters_leave_experts_alone(tiny_oss):
+    """As the memory plan counts them, with every engine: 768 experts with rank 128 would be 1.4 billion parameters."""
+    from kto_core import model_shape, unsloth_model
+    from kto_core.model import add_adapter
+
+    config = resolved(tiny_oss, "none", target_modules="all-linear").config
+    adapted = add_adapter(load_base(config, for_training=True), config)
+    names = [n for n, p in adapted.named_parameters() if p.requires_grad]
+    assert names and all(".self_attn." in n for n in names)
+    assert unsloth_model.targets(config) == list(model_shape.ATTENTION)
+    seven = [*model_shape.ATTENTION, *model_shape.FFN]
+    assert unsloth_model.targets(config.model_copy(update={"target_modules": seven})) == list(model_shape.ATTENTION)
+
+
+def test_gradients_reach_the_adapters_through_experts_in_4_bits(tiny_oss):
+    """With every layer recomputed, which is what fits a 24 GiB card."""
+    from kto_core.model import add_adapter
+
+    config = resolved(tiny_oss, "none", target_modules=["q_proj", "o_proj"]).config
+    model = add_adapter(load_base(config, for_training=True), config)
+    model.enable_input_require_grads()
+    found = []
+    for recompute in (False, True):
+        if recompute:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.zero_grad()
+        model(input_ids=torch.arange(30)[None] + 7).logits.square().mean().backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if "lora_B" in n})
+    assert len(found[0]) == 4 and all(float(g.abs().max()) > 0 for g in found[0].values())
+    for name, grad in found[0].items():
+        assert torch.allclose(grad, found[1][name], rtol=1e-4, atol=1e-8)
