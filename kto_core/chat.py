@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import re
 import threading
@@ -19,6 +20,7 @@ from pathlib import Path
 from .errors import BusyError, Cancelled, DiskError, ModelError
 from .jobs import Progress, check_cancel, no_progress
 
+logger = logging.getLogger(__name__)
 _current: Chat | None = None
 _loading = threading.Lock()
 _feedback = threading.Lock()
@@ -94,7 +96,12 @@ class Chat:
             chat = cls(base, tokenizer, name, adapter is not None, stack.pop_all())
         if base.device.type == "cuda":
             progress(None, "Warming up…")
-            chat.warm_up()
+            try:
+                chat.warm_up()
+                check_cancel(cancel)
+            except BaseException:
+                chat.unload()
+                raise
         return chat
 
     def warm_up(self) -> None:
@@ -221,32 +228,44 @@ class Chat:
         counter.ends, counter.limit = set(config.eos_token_id), config.max_new_tokens
         base = self.has_adapter and not tuned
         if self.decoder is not None:
-            return partial(self._decode, ids, base, arguments), out, counter
+            return partial(self._decode, ids, base, arguments, seed is not None), out, counter
+        return partial(self._generate, base, arguments), out, counter
 
-        def call() -> None:
-            with torch.inference_mode(), self.model.disable_adapter() if base else contextlib.nullcontext():
-                self.model.generate(**arguments)
-
-        return call, out, counter
-
-    def _decode(self, ids: list[int], base: bool, arguments: dict) -> None:
-        """What generate would do with these arguments, step by step with the decoder."""
+    def _generate(self, base: bool, arguments: dict) -> None:
         import torch
+
+        with torch.inference_mode(), self.model.disable_adapter() if base else contextlib.nullcontext():
+            self.model.generate(**arguments)
+
+    def _decode(self, ids: list[int], base: bool, arguments: dict, fresh: bool) -> None:
+        """What generate would do with these arguments, with the decoder; with generate if that fails at once."""
+        import torch
+        from transformers import LogitsProcessorList
         from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
         config, out = arguments["generation_config"], arguments["streamer"]
-        processors = arguments["logits_processor"]
-        if config.repetition_penalty != 1:
-            processors.insert(0, RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
+        penalty = [RepetitionPenaltyLogitsProcessor(config.repetition_penalty)] * (config.repetition_penalty != 1)
+        processors = LogitsProcessorList([*penalty, *arguments["logits_processor"]])
         stop, counter = arguments["stopping_criteria"]
-        out.put(torch.tensor([ids]))  # which it skips
-        for token in self.decoder.tokens(
-            ids, base, lambda text, logits: processors(text, logits).argmax(-1), config.max_new_tokens
-        ):
-            out.put(torch.tensor([token]))
-            counter.count(token)
-            if counter.ended or stop.wanted():
-                return
+
+        def choose(text, logits):
+            return processors(text, logits).argmax(-1)
+
+        try:
+            for token in self.decoder.tokens(ids, base, choose, config.max_new_tokens, fresh):
+                if not counter.tokens:
+                    out.put(torch.tensor([ids]))  # which it skips
+                out.put(torch.tensor([token]))
+                counter.count(token)
+                if counter.ended or stop.wanted():
+                    return
+        except Exception as e:  # its cache is in an unknown state, and may be what the memory was needed for
+            self.decoder.close()
+            if counter.tokens:
+                raise
+            logger.warning("Answers come from transformers' generate from now on, which is slower: %s", e)
+            self.decoder = None
+            self._generate(base, arguments)
 
     def _streamed(self, generation, stop: threading.Event, cancel, forgotten: int) -> Iterator[str]:
         call, out, counter = generation

@@ -70,16 +70,17 @@ class Decoder:
         self._graphs: dict[bool, tuple] = {}
 
     @torch.inference_mode()
-    def tokens(self, ids: list[int], base: bool, choose: Callable, limit: int) -> Iterator[int]:
+    def tokens(self, ids: list[int], base: bool, choose: Callable, limit: int, fresh: bool = False) -> Iterator[int]:
         """Yield the ids of an answer to ``ids``, at most ``limit``, without end.
 
         Args:
             base: without the adapter. choose: (all ids so far ``[1, n]``, fp32 logits ``[1, vocabulary]``) -> id tensor
-                ``[1]``; see `sampling`.
+                ``[1]``; see `sampling`. fresh: read the whole prompt: the same question is the same computation.
         """
         attention.register(NAME, _attend)
-        self._room(len(ids) + limit)
-        cache = self._cache
+        self._room(len(ids) + 1)
+        if fresh:
+            self._cache.ids = []
         text = torch.zeros(1, len(ids) + limit, dtype=torch.long, device=self.device)
         text[0, : len(ids)] = torch.tensor(ids)
         with self._running(base):
@@ -87,13 +88,15 @@ class Decoder:
         for n in range(len(ids), len(ids) + limit):
             token = choose(text[:, :n], logits)
             text[:, n] = token
-            cache.token.copy_(token[:, None])
             chosen = int(token)
             yield chosen
             if n + 1 < len(ids) + limit:
-                cache.position.fill_(n)
+                if n == self._cache.length:
+                    self._grow()
+                self._cache.token.fill_(chosen)
+                self._cache.position.fill_(n)
                 logits = self._step(base)
-                cache.ids.append(chosen)
+                self._cache.ids.append(chosen)
 
     def close(self) -> None:
         """Drop the graphs and what they hold on the GPU."""
@@ -117,6 +120,16 @@ class Decoder:
             length *= 2
         self.close()
         self._cache = _Cache(length, self.device)
+
+    def _grow(self) -> None:
+        """Twice the cache, with what is in it; its graphs are captured anew."""
+        old = self._cache
+        self._graphs.clear()
+        new = self._cache = _Cache(2 * old.length, self.device)
+        new.ids, new.base = old.ids, old.base
+        for number, tensors in old.layers.items():
+            for kept, grown in zip(tensors, new.layer(number, tensors[0]), strict=True):
+                grown[:, :, : old.length] = kept
 
     def _read(self, ids: list[int], base: bool) -> torch.Tensor:
         """Logits after the prompt. What the cache has of it already is not computed again."""

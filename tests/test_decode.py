@@ -69,6 +69,9 @@ def test_the_cache_grows(monkeypatch):
         assert list(decoder.tokens(ids, False, greedy, 5)) == plain(model, ids, 5)
     assert decoder._cache.length == 64
     decoder.close()
+    assert list(decoder.tokens(PROMPT, False, greedy, 30)) == plain(model, PROMPT, 30)  # and in the middle of an answer
+    assert decoder._cache.length == 64
+    decoder.close()
     assert decoder._cache is None
 
 
@@ -128,6 +131,41 @@ def test_without_a_gpu_or_when_it_fails_generate_answers(tiny_model, monkeypatch
     assert "generate, which is slower: operation not permitted" in caplog.text
     monkeypatch.undo()
     loaded.unload()
+
+
+def test_a_failure_before_the_first_token_is_answered_by_generate(tiny_model, monkeypatch, caplog):
+    ask = [{"role": "user", "content": "What is 2 plus 2?"}]
+    loaded = chat.Chat.load(str(tiny_model))
+    options = {"temperature": 0.7, "seed": 3, "repetition_penalty": 1.2, "max_new_tokens": 16}
+    expected = "".join(loaded.stream(ask, **options))
+
+    def failing(after):
+        def tokens(self, *_):
+            yield from [40] * after
+            raise RuntimeError("no memory for the graph")
+
+        return tokens
+
+    loaded.decoder = Decoder(loaded.model, graph=False)
+    monkeypatch.setattr(Decoder, "tokens", failing(2))
+    with pytest.raises(RuntimeError, match="no memory"):
+        list(loaded.stream(ask, **options))
+    assert loaded.decoder is not None  # half an answer is no reason to believe it never works
+    monkeypatch.setattr(Decoder, "tokens", failing(0))
+    assert "".join(loaded.stream(ask, **options)) == expected
+    assert loaded.decoder is None and "slower: no memory for the graph" in caplog.text
+    loaded.unload()
+
+
+def test_the_same_seed_reads_the_whole_prompt(monkeypatch):
+    model = oracle.tuned_model().eval()
+    decoder = Decoder(model, graph=False)
+    read = []
+    forward = decoder.decoder.forward
+    monkeypatch.setattr(decoder.decoder, "forward", lambda **kw: read.append(kw["input_ids"].shape[1]) or forward(**kw))
+    for _ in range(2):
+        list(decoder.tokens(PROMPT, False, greedy, 1, fresh=True))
+    assert read == [len(PROMPT)] * 2
 
 
 def test_positions_that_change_the_rotation_are_not_captured():
