@@ -137,6 +137,7 @@ def test_a_run_from_start_to_resume(page, chromium, url):
         page.locator("#train-stop").click()
         browser.until(lambda: run.find(waiting).state().terminal)
         run.find(waiting).delete()
+        page.locator(".run-id", has_text=new).wait_for()  # the page lets go of it with its next tick
 
         second.locator("#train-stop").click()
         stopped = in_state(second, "stopped")
