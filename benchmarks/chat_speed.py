@@ -2,9 +2,9 @@
 
 Loads a model as the Chat tab does and answers one question, batch 1, greedy, with the end of turn switched off so that
 every variant writes as many tokens: ``chat`` is the product's stream, ``base`` the same with the adapter switched off;
-``plain`` is transformers' generate with its
-growing cache; ``static`` is the same with a static cache, which transformers compiles and captures on a GPU. The first
-answer of a variant is not timed (``warm-up`` says how long it took). ``first token`` counts from the question on.
+``plain`` is transformers' generate with its growing cache; ``static`` is the same with a static cache, which
+transformers compiles and captures on a GPU. The first answer of a variant is not timed (``warm-up`` says how long it
+took). ``first token`` counts from the question on.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def make(name: str, folder: str | Path, tokenizer_dir: str | Path | None = None,
     torch.manual_seed(0)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if model_type == "gpt_oss":
-        _write_gpt_oss(config, folder, device)
+        write_gpt_oss(config, folder, device)
         tokenizer.save_pretrained(folder)
         return folder
     with torch.device(device):
@@ -77,7 +77,7 @@ def make(name: str, folder: str | Path, tokenizer_dir: str | Path | None = None,
     return folder
 
 
-def _write_gpt_oss(config, folder: Path, device: str) -> None:
+def write_gpt_oss(config, folder: Path, device: str) -> None:
     """The 4-bit layout of gpt-oss checkpoints for QLoRA: every expert two linear layers, NF4 with double quantization.
 
     A file a layer, so that no more than one is in memory.

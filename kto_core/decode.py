@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +65,7 @@ class Decoder:
         self.head = Head.of(self.causal)
         self.device = model.device
         self.graph = self.device.type == "cuda" if graph is None else graph
-        self._configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+        self._configs = attention.configs(model)
         self._forwards = _step_forwards(self.decoder)
         self._cache: _Cache | None = None
         self._graphs: dict[bool, tuple] = {}
@@ -91,8 +92,7 @@ class Decoder:
             chosen = int(token)
             yield chosen
             if n + 1 < len(ids) + limit:
-                if n == self._cache.length:
-                    self._grow()
+                self._room(n + 1)
                 self._cache.token.fill_(chosen)
                 self._cache.position.fill_(n)
                 logits = self._step(base)
@@ -108,24 +108,21 @@ class Decoder:
     @contextlib.contextmanager
     def _running(self, base: bool):
         off = self.model.disable_adapter() if base else contextlib.nullcontext()
-        with off, attention.use(self._configs.values(), NAME), lean.use(self._forwards):
+        with off, attention.use(self._configs, NAME), lean.use(self._forwards):
             yield
 
     def _room(self, tokens: int) -> None:
-        """A cache of that many tokens at least; a larger one starts empty, and needs graphs of its own."""
-        if self._cache is not None and self._cache.length >= tokens:
+        """A cache of that many tokens at least. A larger one keeps what the smaller had; graphs are captured anew."""
+        old = self._cache
+        length = SMALLEST if old is None else old.length
+        if old is not None and length >= tokens:
             return
-        length = SMALLEST
         while length < tokens:
             length *= 2
-        self.close()
-        self._cache = _Cache(length, self.device)
-
-    def _grow(self) -> None:
-        """Twice the cache, with what is in it; its graphs are captured anew."""
-        old = self._cache
         self._graphs.clear()
-        new = self._cache = _Cache(2 * old.length, self.device)
+        new = self._cache = _Cache(length, self.device)
+        if old is None:
+            return
         new.ids, new.base = old.ids, old.base
         for number, tensors in old.layers.items():
             for kept, grown in zip(tensors, new.layer(number, tensors[0]), strict=True):
@@ -148,7 +145,7 @@ class Decoder:
 
     def _step(self, base: bool) -> torch.Tensor:
         """Logits after the cache's one token at its position."""
-        if not self.graph or base not in self._graphs:
+        if base not in self._graphs:
             with self._running(base):  # takes longer than a captured step
                 if not self.graph:
                     return self._one()
@@ -242,7 +239,7 @@ def _attend_one(query, keys, values, cache, scaling, window, softcap):
 def _step_forwards(decoder) -> lean.Forwards:
     """Fewer kernels: lean norms and rotation, and LoRA projections that leave the weight in its 4 bits."""
     found = [f for f in lean.lean_forwards(decoder) if f[2].func in lean.SMALL]
-    return [*found, *((m, "forward", lean.partial(_projection, m)) for m in decoder.modules() if lean.is_lora(m))]
+    return [*found, *((m, "forward", partial(_projection, m)) for m in decoder.modules() if lean.is_lora(m))]
 
 
 def _projection(layer, x, *_, **__):

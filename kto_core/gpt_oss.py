@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from .model_files import tensor_header
 
 ATTENTION = "kto_sinks"
 EXPERT = ".experts.gate_up_projs.0.weight"
@@ -57,8 +58,7 @@ def tensor_names(folder: Path) -> set[str]:
         return set(json.loads(index.read_text("utf-8")).get("weight_map", {}))
     found: set[str] = set()
     for file in folder.glob("model*.safetensors"):
-        with open(file, "rb") as f:
-            found |= json.loads(f.read(struct.unpack("<Q", f.read(8))[0])).keys()
+        found |= tensor_header(file).keys()
     return found
 
 

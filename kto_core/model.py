@@ -18,7 +18,7 @@ from . import demo_model
 from .errors import ConfigError, HardwareError, ModelError
 from .jobs import Progress, no_progress
 from .libraries import transformers_ready
-from .model_files import cached_folder, download, hub_config, hub_exists
+from .model_files import cached_folder, download, hub_config, hub_exists, tensor_header
 
 if TYPE_CHECKING:
     from .config import RunConfig
@@ -161,8 +161,7 @@ def _count_in_files(folder: Path) -> int:
     total = 0
     for file in folder.glob("model*.safetensors"):
         try:
-            with open(file, "rb") as f:
-                header = json.loads(f.read(struct.unpack("<Q", f.read(8))[0]))
+            header = tensor_header(file)
         except (OSError, ValueError, struct.error, MemoryError):
             return 0
         for tensor, entry in header.items():
@@ -245,6 +244,7 @@ def load_base(
 
     import torch
 
+    from . import gpt_oss
     from .hardware import GIB, keep_to_limit
 
     transformers_ready()
@@ -255,13 +255,15 @@ def load_base(
 
     folder = local_folder(config.model, progress, cancel)
     dtype = training_dtype(config)
-    quantized = model_facts(str(folder)).quantized
+    facts = model_facts(str(folder))
+    quantized = facts.quantized
     if quantized == "mxfp4" and for_training:
         raise ModelError(
             f"{config.model} is stored in MXFP4, which cannot be trained as it is and takes four times the memory "
             "unpacked. Choose its bitsandbytes sibling, for gpt-oss-20b unsloth/gpt-oss-20b-unsloth-bnb-4bit."
         )
-    if config.load_in_4bit and not quantized and for_training and (fused := _fused_experts(folder)):
+    in_16_bits = facts.experts and config.load_in_4bit and not quantized and for_training
+    if in_16_bits and (fused := gpt_oss.fused_experts(folder)):
         raise ModelError(
             f"The experts of {config.model} ({fused / 1e9:.1f} billion parameters) cannot be put into 4 bits "
             f"on loading; in 16 bits they take {2 * fused / GIB:.0f} GiB. Choose a checkpoint with them in 4 bits "
@@ -335,15 +337,6 @@ def load_whole(kind, folder: Path, **kwargs):
             "another."
         )
     return model
-
-
-def _fused_experts(folder: Path) -> int:
-    """Parameters that would stay in 16 bits (`gpt_oss.fused_experts`); 0 for dense models."""
-    if not model_facts(str(folder)).experts:
-        return 0
-    from . import gpt_oss
-
-    return gpt_oss.fused_experts(folder)
 
 
 def lora_config(config: RunConfig):

@@ -11,6 +11,7 @@ import fnmatch
 import json
 import re
 import shutil
+import struct
 import threading
 from pathlib import Path
 
@@ -41,6 +42,16 @@ def cached_folder(name: str) -> Path | None:
         if names and all((folder / n).is_file() for n in names):
             return folder
     return None
+
+
+def tensor_header(file: Path) -> dict[str, dict]:
+    """Name -> dtype, shape, place of each tensor in a safetensors file, and ``__metadata__`` if it has any.
+
+    Raises:
+        OSError, ValueError, struct.error, MemoryError: it cannot be read, or is no such file.
+    """
+    with open(file, "rb") as f:
+        return json.loads(f.read(struct.unpack("<Q", f.read(8))[0]))
 
 
 def hub_exists(name: str):

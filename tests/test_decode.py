@@ -26,6 +26,14 @@ def plain(model, ids, count, base=False):
     return found
 
 
+def tokens_read(decoder, monkeypatch) -> list[int]:
+    """Fills with the tokens of each forward from now on."""
+    read = []
+    forward = decoder.decoder.forward
+    monkeypatch.setattr(decoder.decoder, "forward", lambda **kw: read.append(kw["input_ids"].shape[1]) or forward(**kw))
+    return read
+
+
 @pytest.mark.parametrize("architecture", oracle.ARCHITECTURES)
 def test_same_tokens_as_whole_forwards(architecture):
     model = oracle.tuned_model(architecture).eval()
@@ -38,9 +46,7 @@ def test_same_tokens_as_whole_forwards(architecture):
 def test_what_is_known_of_a_conversation_is_not_read_again(monkeypatch):
     model = oracle.tuned_model().eval()
     decoder = Decoder(model, graph=False)
-    read = []
-    forward = decoder.decoder.forward
-    monkeypatch.setattr(decoder.decoder, "forward", lambda **kw: read.append(kw["input_ids"].shape[1]) or forward(**kw))
+    read = tokens_read(decoder, monkeypatch)
     first = list(decoder.tokens(PROMPT, False, greedy, 5))
     assert read == [len(PROMPT), 1, 1, 1, 1]
     more = PROMPT + first + [3, 4, 5]
@@ -160,9 +166,7 @@ def test_a_failure_before_the_first_token_is_answered_by_generate(tiny_model, mo
 def test_the_same_seed_reads_the_whole_prompt(monkeypatch):
     model = oracle.tuned_model().eval()
     decoder = Decoder(model, graph=False)
-    read = []
-    forward = decoder.decoder.forward
-    monkeypatch.setattr(decoder.decoder, "forward", lambda **kw: read.append(kw["input_ids"].shape[1]) or forward(**kw))
+    read = tokens_read(decoder, monkeypatch)
     for _ in range(2):
         list(decoder.tokens(PROMPT, False, greedy, 1, fresh=True))
     assert read == [len(PROMPT)] * 2

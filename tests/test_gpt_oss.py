@@ -29,7 +29,7 @@ def tiny_oss(tiny_model, tmp_path_factory):
         max_position_embeddings=4096, bos_token_id=1, eos_token_id=2, pad_token_id=2, dtype=torch.bfloat16,
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("oss") / "model"
-    shapes._write_gpt_oss(config, folder, "cpu")
+    shapes.write_gpt_oss(config, folder, "cpu")
     tokenizer.save_pretrained(folder)
     return folder
 

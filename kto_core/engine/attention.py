@@ -57,6 +57,11 @@ def register(name: str, function) -> None:
     AttentionInterface.register(name, function)
 
 
+def configs(model) -> list:
+    """The configurations that the modules of a model read their attention's name from."""
+    return list({id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values())
+
+
 def use_tree(configs):
     """Inside, modules with these configs attend with "kto_tree"; backward passes that recompute belong inside too."""
     register(NAME, tree_attention)

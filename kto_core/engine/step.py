@@ -73,7 +73,7 @@ class Engine:
         self.token_budget = self.scoring_tokens = token_budget
         self.layers = [m for m in self.decoder.modules() if isinstance(m, GradientCheckpointingLayer)]
         self.checkpoint_layers = checkpoint_layers
-        self._configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+        self._configs = attention.configs(model)
         self.lean = lean.lean_forwards(self.decoder)
 
     @property
@@ -92,7 +92,7 @@ class Engine:
     @contextlib.contextmanager
     def using_tree(self):
         """Inside, the model attends along the tree and runs its leaner layers."""
-        with attention.use_tree(self._configs.values()), lean.use(self.lean):
+        with attention.use_tree(self._configs), lean.use(self.lean):
             yield
 
     def forward(self, ids: np.ndarray, positions: np.ndarray, run: attention.Pass) -> torch.Tensor:
