@@ -251,13 +251,21 @@ def test_the_data_tab_end_to_end(mixed, tmp_path, demo_model):
         # a row as the model sees it, chosen with the keyboard
         page.locator("#data-lengths").get_by_text("in tokens").wait_for()
         table.nth(2).focus()
+        redraw = "const body = document.querySelector('#data-table tbody'); body.replaceWith(body.cloneNode(true))"
+        page.evaluate(redraw)  # a table drawn anew takes neither the focus nor the mark away
         page.keyboard.press("ArrowDown")
         page.keyboard.press("Enter")
+        page.wait_for_function("document.querySelector('#data-row input').value === '4'")
+        page.evaluate(redraw)
         page.locator('#data-table tr[data-index="3"][aria-selected="true"]').wait_for()
         seen = page.locator("#data-row-view .seen")
         seen.get_by_text("<script>window.pwned=2</script>").wait_for()
         assert page.locator("#data-row-view mark.token").first.inner_text() == "<|im_start|>"
-        assert page.locator("#data-row input").input_value() == "4"
+        page.locator("#data-row input").fill("6")
+        page.locator('#data-table tr[data-index="5"][aria-selected="true"]').wait_for()
+        assert page.locator('#data-table tr[aria-selected="true"]').count() == 1
+        page.locator("#data-row input").fill("4")
+        page.locator('#data-table tr[data-index="3"][aria-selected="true"]').wait_for()
         page.locator("#data-view").get_by_text("Messages").click()
         page.locator("#data-row-view .turn.answer").get_by_text("<b>b</b>").wait_for()
         assert page.evaluate("window.pwned") is None

@@ -8,11 +8,20 @@ from kto_core import config
 from ui import data_jobs, data_view, sources, train_form
 
 MODEL, MESSAGES = "As the model sees it", "Messages"
-CHOOSE_ROW = """
+# the marked row is the one whose number is in the box below the table, whichever of the two was drawn last
+MARK_ROW = """
+number => {
+  for (const row of document.querySelectorAll('#data-table tr[data-index]'))
+    row.ariaSelected = String(Number(row.dataset.index) === number - 1);
+}
+"""
+CHOOSE_ROW = (
+    "const mark = "
+    + MARK_ROW.strip()
+    + """;
 const choose = row => {
   if (!row) return;
-  for (const other of element.querySelectorAll('tr[aria-selected="true"]')) other.ariaSelected = 'false';
-  row.ariaSelected = 'true';  // marked here: drawing the table anew would take the focus away
+  mark(Number(row.dataset.index) + 1);  // marked here: drawing the table anew would take the focus away
   trigger('select', {index: Number(row.dataset.index), value: null});
 };
 element.addEventListener('click', e => choose(e.target.closest('tr[data-index]')));
@@ -23,7 +32,17 @@ element.addEventListener('keydown', e => {
   if (next) { e.preventDefault(); next.focus(); }
   if (e.key === 'Enter' || e.key === ' ') { e.preventDefault(); choose(row); }
 });
+
+let held = null;  // the focused row, found again when the table is drawn anew under it
+element.addEventListener('focusin', e => { held = e.target.closest('tr[data-index]')?.dataset.index ?? null; });
+element.addEventListener('focusout', e => setTimeout(() => { if (e.target.isConnected) held = null; }));
+new MutationObserver(() => {
+  mark(Number(document.querySelector('#data-row input')?.value));
+  if (held !== null && document.activeElement === document.body)
+    element.querySelector(`tr[data-index="${held}"]`)?.focus({preventScroll: true});
+}).observe(element, {childList: true, subtree: true});
 """
+)
 FORMS = [("TRL (prompt, completion, label)", "trl"), ("ChatML (conversations, label)", "chatml")]
 
 

@@ -301,6 +301,7 @@ def _row_events(ctx: Context, ui) -> None:
         return _row(ui, _look(data_id, model, limit), number, model, view)
 
     ui.table.select(quiet(chosen), asked, [ui.row, ui.shown], **LAST)
+    ui.row.change(None, [ui.row], js=data_layout.MARK_ROW, show_progress="hidden")
     for control in (ui.row.input, ui.view.input):
         control(quiet(typed), [*asked, ui.row], [ui.shown], **LAST)
 
