@@ -140,7 +140,7 @@ def model_folder(name: str) -> str:
 
         where = Path(tempfile.gettempdir()) / "kto-shapes" / name.removeprefix("shape:")
         return str(shapes.make(name.removeprefix("shape:").lower(), where))
-    from kto_core.model import resolve_model
+    from kto_core.model_info import resolve_model
 
     return resolve_model(name)
 

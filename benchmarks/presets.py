@@ -35,7 +35,7 @@ def one(args) -> dict:
     import shapes
     import torch
 
-    from kto_core import config, dataset, events, hardware, model, template, train
+    from kto_core import config, events, hardware, model, train, train_data
 
     os.environ[hardware.LIMIT] = str(args.cap_gib)  # also for the child in which Unsloth trains
     shape = args.shape or MODELS[args.preset]
@@ -56,13 +56,9 @@ def one(args) -> dict:
     resolved = config.resolve(args.preset, overrides)
     c = resolved.config
     tokenizer = model.load_tokenizer(name)
-    rows = dataset.load(args.data).rows
-    lengths = [
-        len(e.prompt_ids) + len(e.completion_ids)
-        for e in template.encode_rows(rows, tokenizer, c.max_length)
-        if e.fate != "too_long"
-    ]
-    plan = hardware.plan(c, lengths)
+    planned = train_data.plan_data(c, tokenizer)
+    lengths = planned.lengths
+    plan = hardware.plan(c, lengths, packed=planned.packed(c))
     out = {
         "preset": args.preset,
         "model": shape,

@@ -53,7 +53,7 @@ def make(name: str, folder: str | Path, tokenizer_dir: str | Path | None = None,
     if (folder / "tokenizer_config.json").exists():  # saved last
         return folder
     if tokenizer_dir is None:
-        from kto_core.model import demo_model_dir
+        from kto_core.demo_model import demo_model_dir
 
         tokenizer_dir = demo_model_dir()
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)

@@ -47,13 +47,13 @@ def dry_run(config: RunConfig, progress: Progress = no_progress) -> dict:
     return {
         **found,
         "steps": planned_steps(config, len(data.train)),
-        "memory": _memory(config, data.lengths),
+        "memory": _memory(config, data.lengths, data.packed(config)),
         "train_rows": len(data.train),
         "test_rows": len(data.test),
     }
 
 
-def _memory(config: RunConfig, lengths: list[int]) -> dict:
+def _memory(config: RunConfig, lengths: list[int], packed=None) -> dict:
     from . import hardware
 
-    return hardware.plan(config, lengths).to_dict()
+    return hardware.plan(config, lengths, packed=packed).to_dict()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterable
@@ -143,7 +144,8 @@ def fold(events: Iterable[dict], state: RunState | None = None) -> RunState:
         if kind == "status":
             _fold_status(state, e)
         elif kind == "metric":
-            state.metrics.append({k: v for k, v in e.items() if k != "kind"})
+            # names interned: of a long run they would take more memory than its numbers
+            state.metrics.append({sys.intern(k): v for k, v in e.items() if k != "kind"})
             state.step = max(state.step, int(e.get("step") or 0))
             state.epoch = e.get("epoch") or state.epoch
             state.eta = e.get("eta", state.eta)

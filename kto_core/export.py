@@ -17,7 +17,7 @@ import shutil
 import threading
 from pathlib import Path
 
-from . import checkpoints, child, hub, model_card
+from . import checkpoints, child, hub, model_card, model_info
 from . import gguf as ggufs
 from . import gguf_converter as converters
 from . import modelfile as modelfiles
@@ -56,17 +56,15 @@ def merge(run, *, progress: Progress = no_progress, cancel: threading.Event | No
 
 
 def _merge(run, progress: Progress, cancel) -> Path:
-    from . import model as models
-
     adapter, name = _adapter(run), run.config().config.model
     folder = run.path / "exports" / "merged"
-    base = models.local_folder(name, _stage(progress, 0.0, 0.02), cancel)
+    base = model_info.local_folder(name, _stage(progress, 0.0, 0.02), cancel)
     source = _source(adapter, base)
     progress(None, "Looking for an earlier merge…")
     if _merge_is_fresh(folder, source):
         progress(1.0, "The merged model is there already.")
         return folder
-    facts = models.model_facts(str(base))
+    facts = model_info.model_facts(str(base))
     require_disk(run.path, 2.0 * facts.parameters, "The merged model")
     require_memory(facts.parameters, facts.quantized, base)
     checkpoints.clean(folder.parent)
@@ -134,12 +132,10 @@ def gguf(run, quants, *, progress: Progress = no_progress, cancel: threading.Eve
 
 
 def _gguf(run, names: list[str], progress: Progress, cancel) -> list[Path]:
-    from . import model as models
-
     config = run.config().config
-    adapter, facts = _adapter(run), models.model_facts(config.model)
+    adapter, facts = _adapter(run), model_info.model_facts(config.model)
     converters.require_convertible(facts.architecture)
-    base = models.local_folder(config.model, _stage(progress, 0.0, 0.02), cancel)
+    base = model_info.local_folder(config.model, _stage(progress, 0.0, 0.02), cancel)
     source, folder = _source(adapter, base), run.path / "exports" / "gguf"
     paths = {q: folder / f"{_stem(config.model)}-{q}.gguf" for q in ggufs.QUANTS}
     folder.mkdir(parents=True, exist_ok=True)
@@ -364,9 +360,7 @@ def _adapter(run) -> Path:
 
 
 def _base(run, cancel) -> Path:
-    from . import model as models
-
-    return models.local_folder(run.config().config.model, cancel=cancel)
+    return model_info.local_folder(run.config().config.model, cancel=cancel)
 
 
 def _source(adapter: Path, base: Path) -> str:

@@ -19,6 +19,7 @@ from .model_shape import Shape
 
 if TYPE_CHECKING:
     from .config import RunConfig
+    from .engine.sample import Sample
 
 SMALLER = {"20b": "13b", "13b": "7b", "7b": "3b", "3b": "demo"}
 UNKNOWN = 7e9  # parameters assumed of a model whose name tells nothing
@@ -104,6 +105,7 @@ def plan(
     config: RunConfig,
     lengths: Sequence[int] = (),
     *,
+    packed: Sample | None = None,
     device: Device | None = None,
     coefficients: Coefficients | None = None,
 ) -> MemoryPlan:
@@ -111,6 +113,7 @@ def plan(
 
     Args:
         lengths: tokens of each row, prompt and completion; empty: every row is ``max_length`` long.
+        packed: what the batches of these rows pack into (`engine.sample`); without it no prefix counts as shared.
         device: the GPU to plan for; default the one of this machine with the least room among ``num_gpus``.
     """
     k = coefficients or Coefficients()
@@ -118,15 +121,15 @@ def plan(
     shape = _shape(config)
     lengths = [min(n, config.max_length) for n in lengths] or [config.max_length]
     if not gpus:
-        return _on_cpu(config, shape, lengths, k)
+        return _on_cpu(config, shape, lengths, packed, k)
     if config.num_gpus > len(gpus) and device is None:
-        found = _fit(config, shape, lengths, min(g.available_gib for g in gpus), k, gpu=True)
+        found = _fit(config, shape, lengths, packed, min(g.available_gib for g in gpus), k, gpu=True)
         advice = f"num_gpus is {config.num_gpus}, but this machine has {len(gpus)}. Set num_gpus to {len(gpus)}."
         return _made(found, config, shape, "does not fit", advice, gpus[0].name)
     gpu = min(gpus[: config.num_gpus], key=lambda g: g.available_gib)
-    found = _fit(config, shape, lengths, gpu.available_gib, k, gpu=True)
+    found = _fit(config, shape, lengths, packed, gpu.available_gib, k, gpu=True)
     verdict = _verdict(found, k)
-    advice = "" if verdict == "fits" else _advice(config, lengths, gpu, found, k)
+    advice = "" if verdict == "fits" else _advice(config, lengths, packed, gpu, found, k)
     return _made(found, config, shape, verdict, advice, gpu.name)
 
 
@@ -146,10 +149,10 @@ class _Fit:
         return sum(self.parts.values())
 
 
-def _fit(c: RunConfig, s: Shape, lengths: Sequence[int], available: float, k: Coefficients, *, gpu: bool) -> _Fit:
+def _fit(c: RunConfig, s: Shape, lengths: list[int], packed, available: float, k: Coefficients, *, gpu: bool) -> _Fit:
     """Choose tokens of a pass and layers to checkpoint, as the engine will."""
     if _engine(c, s) == "packed":
-        return _fit_packed(c, s, lengths, available, k, gpu=gpu)
+        return _fit_packed(c, s, lengths, packed, available, k, gpu=gpu)
     tokens = min(c.per_device_train_batch_size, _rows(c)) * max(lengths)  # padded to the longest row of the micro-batch
     choices = (0, s.layers)
     if c.gradient_checkpointing != "auto":
@@ -164,9 +167,11 @@ def _rows(c: RunConfig) -> int:
     return max(1, c.effective_batch_size // c.num_gpus)
 
 
-def _fit_packed(c, s: Shape, lengths, available: float, k: Coefficients, *, gpu: bool) -> _Fit:
+def _fit_packed(
+    c, s: Shape, lengths, packed: Sample | None, available: float, k: Coefficients, *, gpu: bool
+) -> _Fit:
     longest, rows = max(lengths), _rows(c)
-    sums = _batches(lengths, rows)
+    sums = _batches(lengths, packed, rows)
     nothing = dict.fromkeys(("activations", "K/V store", "logits"), 0.0)
     base = _parts(c, s, nothing, k, gpu)
     taken = sum(base[n] for n in ("weights", "adapters", "CUDA context" if gpu else "program") if n in base)
@@ -191,11 +196,14 @@ def _fit_packed(c, s: Shape, lengths, available: float, k: Coefficients, *, gpu:
     return _Fit(_parts(c, s, moving, k, gpu), available, layers, tokens, sum(least.values()))
 
 
-def _batches(lengths: Sequence[int], rows: int, most: int = 64) -> list[int]:
+def _batches(lengths: Sequence[int], packed: Sample | None, rows: int, most: int = 64) -> list[int]:
     """Tokens of the optimizer batches of an epoch; of some of them where there are many."""
+    if packed and packed.tokens:
+        return packed.tokens
+    share = packed.share if packed else 1.0
     shuffled = random.Random(0).sample(list(lengths), min(len(lengths), most * rows))
     starts = range(0, max(1, len(shuffled) - rows + 1), rows)
-    return [sum(shuffled[a : a + rows]) for a in starts]
+    return [math.ceil(share * sum(shuffled[a : a + rows])) for a in starts]
 
 
 def _tree(c, s: Shape, tokens: int, checkpoint: int, k: Coefficients, gpu: bool, *, store: bool) -> dict[str, float]:
@@ -301,9 +309,9 @@ def _made(found: _Fit, c: RunConfig, s: Shape, verdict: str, advice: str, device
 # ---- advice ---------------------------------------------------------------------------------------------------------
 
 
-def _on_cpu(c: RunConfig, s: Shape, lengths: Sequence[int], k: Coefficients) -> MemoryPlan:
+def _on_cpu(c: RunConfig, s: Shape, lengths: Sequence[int], packed, k: Coefficients) -> MemoryPlan:
     available = hardware.memory_gib()[1]
-    found = _fit(c, s, lengths, available, k, gpu=False)
+    found = _fit(c, s, lengths, packed, available, k, gpu=False)
     advice = ""
     if found.total > available:
         advice = (
@@ -315,18 +323,19 @@ def _on_cpu(c: RunConfig, s: Shape, lengths: Sequence[int], k: Coefficients) -> 
     return _made(found, c, s, "cpu", advice, "CPU")
 
 
-def _advice(c: RunConfig, lengths: Sequence[int], gpu: Device, now: _Fit, k: Coefficients) -> str:
+def _advice(c: RunConfig, lengths: Sequence[int], packed, gpu: Device, now: _Fit, k: Coefficients) -> str:
     """The change that saves most, with its numbers; a smaller model only where no setting is enough."""
     s = _shape(c)
     options = []
     for text, update in _changes(c, lengths):
         changed = c.model_copy(update=update)
         cut = [min(n, changed.max_length) for n in lengths]
-        found = _fit(changed, s, cut, gpu.available_gib, k, gpu=True)
+        same = packed if cut == lengths or packed is None else packed._replace(tokens=[])
+        found = _fit(changed, s, cut, same, gpu.available_gib, k, gpu=True)
         options.append((found.total, text, found))
     others = gpu.used_by_others_gib
     if others > 1:
-        found = _fit(c, s, lengths, gpu.total_gib, k, gpu=True)
+        found = _fit(c, s, lengths, packed, gpu.total_gib, k, gpu=True)
         options.append((found.total - others, f"Close what else uses the card ({others:.1f} GiB)", found))
     better = [o for o in options if o[0] < now.total]
     for level in ("fits", "tight"):

@@ -71,10 +71,10 @@ def _load_plain(base: str):
     import torch
     from transformers import AutoModelForCausalLM
 
-    from . import gpt_oss
+    from . import gpt_oss, model_info
     from . import model as models
 
-    quantized = models.model_facts(base).quantized
+    quantized = model_info.model_facts(base).quantized
     how: dict = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": False}
     if quantized == "mxfp4":
         from transformers import Mxfp4Config

@@ -6,8 +6,8 @@ from importlib import metadata
 from pathlib import Path
 
 from .hub import TAG
-from .model import public_name
 from .model_files import HUB_ID
+from .model_info import public_name
 
 SETTINGS = ("loss_type", "beta", "desirable_weight", "undesirable_weight", "learning_rate", "lr_scheduler_type",
             "warmup_ratio", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs",

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 PATIENCE = 5.0  # seconds a child has to end itself after the second stop
 POLL = 0.2
 LESS_URGENT = 10  # nice value
+TURN = 2e-4  # seconds, not Python's 5e-3: an answer to a page takes the interpreter dozens of times, each after a turn
 
 
 _supervised: set[Path] = set()
@@ -38,6 +39,7 @@ def in_thread(run: Run, config: RunConfig) -> threading.Thread:
     """Train in a daemon thread of this process."""
 
     def body() -> None:
+        turn = sys.getswitchinterval()
         try:
             _give_way()
             from .train import train
@@ -48,6 +50,7 @@ def in_thread(run: Run, config: RunConfig) -> threading.Thread:
             with contextlib.suppress(OSError):
                 EventLog(run.path / "events.jsonl").status("failed", message=f"Unexpected {type(e).__name__}: {e}")
         finally:
+            sys.setswitchinterval(turn)
             alive.release(run.path)
 
     thread = threading.Thread(target=body, name=f"train-{run.id}", daemon=True)
@@ -56,8 +59,10 @@ def in_thread(run: Run, config: RunConfig) -> threading.Thread:
 
 
 def _give_way() -> None:
-    """On a CPU the page's answers come before this thread and those that torch starts for it."""
+    """The page's answers come between this thread's turns; on a CPU before it and the threads torch starts for it."""
     from .hardware import devices
+
+    sys.setswitchinterval(TURN)
 
     with contextlib.suppress(OSError, AttributeError, KTOError):  # only Linux has priorities of threads
         if sys.platform == "linux" and not devices():

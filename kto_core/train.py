@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import alive, checkpoints
+from . import alive, checkpoints, model_info
 from .dry_run import dry_run  # noqa: F401 - a door of this module
 from .errors import Cancelled, ConfigError, DataError, HardwareError, KTOError
 from .events import EventLog, read
@@ -153,10 +153,10 @@ def _train(config: RunConfig, run_dir: Path, events: EventLog, watch: StopWatch)
     if not config.data:
         raise DataError("No data is chosen. Name a file or a Hub data set with --data.")
     train_checks.check_size(config)
-    if config.model != models.DEMO:  # the demo model may not be made yet, and needs no check
-        train_checks.check_hardware(config, models.model_facts(config.model))
-    models.local_folder(config.model, progress, watch.asked)
-    facts = models.model_facts(config.model)
+    if config.model != model_info.DEMO:  # the demo model may not be made yet, and needs no check
+        train_checks.check_hardware(config, model_info.model_facts(config.model))
+    model_info.local_folder(config.model, progress, watch.asked)
+    facts = model_info.model_facts(config.model)
     train_checks.check_hardware(config, facts)
     tokenizer = models.load_tokenizer(config.model)
     data = plan_data(config, tokenizer, progress, watch)
@@ -197,7 +197,7 @@ def _build(config, run_dir, data: Planned, tokenizer, events, watch, progress, c
         config,
         run_dir / "checkpoints",
         precompute=precompute,
-        checkpointing=use_checkpointing(config, data.lengths, events),
+        checkpointing=use_checkpointing(config, data, events),
         evaluate=bool(data.test),
     )
     if config.report_to == "wandb":
@@ -245,7 +245,7 @@ def _build(config, run_dir, data: Planned, tokenizer, events, watch, progress, c
                 "watch": watch,
                 "reference_progress": reference_progress,
                 "fresh_adapter": not config.adapter,
-                "base": models.public_name(config.model),
+                "base": model_info.public_name(config.model),
             },
             **keywords,
         )
@@ -287,7 +287,6 @@ def _connect(trainer, config: RunConfig, data: Planned, events, watch, checkpoin
 
 def _finish(trainer, config, run_dir: Path, tokenizer, events, watch, seconds: float) -> tuple[str, str]:
     """Evaluate once more, save the adapter, say how it went."""
-    from .model import public_name
     from .trainer import save_adapter
 
     step, total = trainer.state.global_step, trainer.state.max_steps
@@ -303,7 +302,8 @@ def _finish(trainer, config, run_dir: Path, tokenizer, events, watch, seconds: f
     if trainer.is_world_process_zero():
         part = run_dir / "adapter.part"
         shutil.rmtree(part, ignore_errors=True)  # of a killed writer
-        save_adapter(trainer.accelerator.unwrap_model(trainer.model), tokenizer, part, public_name(config.model))
+        base = model_info.public_name(config.model)
+        save_adapter(trainer.accelerator.unwrap_model(trainer.model), tokenizer, part, base)
         checkpoints.seal(part)
         checkpoints.put(part, run_dir / "adapter")
     if stopped:

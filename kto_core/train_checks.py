@@ -14,7 +14,7 @@ from .errors import ConfigError, DiskError, HardwareError, ModelError
 
 if TYPE_CHECKING:
     from .config import RunConfig
-    from .model import ModelFacts
+    from .model_info import ModelFacts
 
 CPU_LIMIT = 1.6e9  # parameters; more would take days without a GPU
 RESERVE = 200 * 2**20  # bytes left free for logs and everybody else

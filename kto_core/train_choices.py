@@ -10,6 +10,7 @@ from .libraries import transformers_ready
 
 if TYPE_CHECKING:
     from .config import RunConfig
+    from .train_data import Planned
 
 
 def choose_engine(config: RunConfig, events: EventLog) -> str:
@@ -23,7 +24,7 @@ def choose_engine(config: RunConfig, events: EventLog) -> str:
     transformers_ready()
     from transformers import AutoConfig
 
-    from .model import local_folder
+    from .model_info import local_folder
 
     try:
         from .engine import available
@@ -52,13 +53,13 @@ def precompute_pays(config: RunConfig, rows: int, engine: str) -> bool:
     return seen > 1
 
 
-def use_checkpointing(config: RunConfig, lengths: list[int], events: EventLog) -> dict | None:
+def use_checkpointing(config: RunConfig, data: Planned, events: EventLog) -> dict | None:
     """Gradient checkpointing's keywords, or None for none: as configured; ``auto`` as far as the memory plan says."""
     from . import hardware
 
     if config.gradient_checkpointing != "auto":
         return {"use_reentrant": False} if config.gradient_checkpointing else None
-    plan = hardware.plan(config, lengths)
+    plan = hardware.plan(config, data.lengths, packed=data.packed(config))
     if plan.verdict in ("tight", "does not fit"):
         need = f"about {plan.predicted_gib:.1f} of {plan.available_gib:.1f} GiB"
         events.log(f"The memory plan says: {plan.verdict}, {need}. {plan.advice}".strip(), "warning")

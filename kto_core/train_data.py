@@ -17,6 +17,7 @@ from .jobs import Progress, no_progress
 
 if TYPE_CHECKING:
     from .config import RunConfig
+    from .engine.sample import Sample
     from .stopping import StopWatch
 
 
@@ -41,6 +42,20 @@ class Planned:
     def lengths(self) -> list[int]:
         """Tokens of each training row."""
         return [len(e.prompt_ids) + len(e.completion_ids) for e in self.train]
+
+    def packed(self, config: RunConfig) -> Sample:
+        """What the optimizer batches pack into, for the memory plan."""
+        from .dry_run import planned_steps
+        from .engine.sample import sample
+
+        return sample(
+            [(e.prompt_ids, e.completion_ids) for e in self.train],
+            self.labels,
+            config.effective_batch_size,
+            seed=config.seed,
+            steps=planned_steps(config, len(self.train)),
+            world=config.num_gpus,
+        )
 
     @property
     def summary(self) -> str:

@@ -35,7 +35,7 @@ def targets(config: RunConfig) -> list[str] | str:
     Unsloth would adapt each expert, for gpt-oss-20b with rank 128 by 1.4 billion parameters: 5.3 GiB, and as much for
     their gradients. Where nothing but FFN projections is asked for, experts are meant.
     """
-    from .model import model_facts
+    from .model_info import model_facts
     from .model_shape import ATTENTION, FFN
 
     chosen = config.target_modules
@@ -57,7 +57,8 @@ def load_unsloth(config: RunConfig):
     from unsloth import FastLanguageModel
 
     from .hardware import keep_to_limit
-    from .model import local_folder, training_dtype
+    from .model import training_dtype
+    from .model_info import local_folder
 
     keep_to_limit()
     try:

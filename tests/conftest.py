@@ -24,7 +24,7 @@ def runs_dir(tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def demo_model() -> Path:
     """Folder of the converted SmolLM2-135M-Instruct; the first call on a machine takes about half a minute."""
-    from kto_core.model import demo_model_dir
+    from kto_core.demo_model import demo_model_dir
 
     return demo_model_dir()
 

@@ -6,7 +6,7 @@ import threading
 import pytest
 from training import make_data, resolved
 
-from kto_core import chat, run
+from kto_core import chat, feedback, run
 from kto_core.errors import BusyError, DiskError, ModelError
 
 ASK = [{"role": "user", "content": "What is 2 plus 2?"}]
@@ -171,12 +171,12 @@ def test_rated_answers_become_rows(tmp_path):
     file = tmp_path / "data" / "feedback.jsonl"
     talk = [*ASK, {"role": "assistant", "content": "4 👍"}]
     other = [*ASK, {"role": "assistant", "content": "five"}]
-    chat.add_feedback(file, talk, True)
-    chat.add_feedback(file, other, False)
-    assert chat.feedback_counts(file) == (1, 1)
-    chat.add_feedback(file, talk, False)  # thought better of it
-    assert chat.feedback_counts(file) == (0, 2)
-    chat.remove_feedback(file, talk)
+    feedback.add(file, talk, True)
+    feedback.add(file, other, False)
+    assert feedback.counts(file) == (1, 1)
+    feedback.add(file, talk, False)  # thought better of it
+    assert feedback.counts(file) == (0, 2)
+    feedback.remove(file, talk)
     assert [json.loads(x) for x in file.read_text().splitlines()] == [
         {"prompt": ASK, "completion": other[-1:], "label": False}
     ]
@@ -184,7 +184,7 @@ def test_rated_answers_become_rows(tmp_path):
 
     assert dataset.load(str(file)).report.kept == 1
     with pytest.raises(ModelError, match="rated"):
-        chat.add_feedback(file, ASK, True)
+        feedback.add(file, ASK, True)
     (tmp_path / "blocked").write_text("a file")
     with pytest.raises(DiskError, match="cannot be written"):
-        chat.add_feedback(tmp_path / "blocked" / "x.jsonl", talk, True)
+        feedback.add(tmp_path / "blocked" / "x.jsonl", talk, True)

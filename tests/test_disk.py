@@ -12,7 +12,7 @@ import pytest
 from kills import ROOT
 from training import make_data, resolved, wait
 
-from kto_core import checkpoints, export
+from kto_core import checkpoints, export, model_info
 from kto_core import run as runs
 from kto_core.errors import Cancelled, DiskError
 
@@ -47,11 +47,11 @@ def left(run) -> list[str]:
 
 @pytest.mark.parametrize("work", ["merge", "gguf"])
 def test_export_says_what_it_needs(run, monkeypatch, work):
-    from kto_core import gguf_converter, model
+    from kto_core import gguf_converter
 
     free(monkeypatch, 12 * GB)
-    facts = dataclasses.replace(model.model_facts(run.config().config.model), parameters=7 * GB)
-    monkeypatch.setattr(model, "model_facts", lambda name: facts)
+    facts = dataclasses.replace(model_info.model_facts(run.config().config.model), parameters=7 * GB)
+    monkeypatch.setattr(model_info, "model_facts", lambda name: facts)
     monkeypatch.setattr(gguf_converter, "converter", lambda *a: None)
     monkeypatch.setattr(gguf_converter, "require_convertible", lambda *a: None)
     needed = {"merge": "14.1", "gguf": "28.1"}[work]  # 2 bytes a weight: merged, f16; and 0.1 that stay free

@@ -268,6 +268,28 @@ def test_bf16_starts_near_the_reference_and_keeps_fp32_adapters(tmp_path, tokeni
     assert all(math.isfinite(m["loss"]) for m in metrics(trainer))
 
 
+def test_batches_are_sampled_as_they_are_packed(tmp_path, tokenizer):
+    from kto_core.engine.sample import sample
+
+    data = dataset(16)
+    trainer = packed(tmp_path, tokenizer, data)
+    run, seen = trainer.engine.run, []
+
+    def watched(*args, **kwargs):
+        seen.append(run(*args, **kwargs))
+        return seen[-1]
+
+    trainer.engine.run = watched
+    trainer.train()
+    rows = list(zip(data["prompt_ids"], data["completion_ids"], strict=True))
+    steps, args = len(trainer.planner.epoch(0)), trainer.args
+    found = sample(rows, data["label"], args.per_device_train_batch_size, seed=args.seed, steps=100)
+    assert [r.packed for r in seen[:steps]] == found.tokens and len(found.tokens) == steps > 1
+    assert found.share == sum(found.tokens) / sum(len(p) + len(c) for p, c in rows) < 1
+    first = sample(rows, data["label"], args.per_device_train_batch_size, seed=args.seed, steps=1)
+    assert first.tokens == found.tokens[:1]
+
+
 def test_limits_follow_the_memory(tmp_path, tokenizer, monkeypatch):
     """Less memory: first more recomputed layers (on a GPU), then smaller passes; the measured bytes are the truth."""
     from kto_core.engine import memory

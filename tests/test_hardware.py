@@ -268,6 +268,19 @@ def test_checkpointing_only_as_far_as_memory_needs():
     assert tiny.checkpoint_layers == 32 and 900 <= tiny.token_budget < small.token_budget
 
 
+def test_shared_prefixes_count_once():
+    from kto_core.engine.sample import Sample
+
+    c = resolve(gradient_checkpointing=True)  # else what is saved goes into fewer recomputed layers
+    apart, shared = (
+        hardware.plan(c, LENGTHS, packed=packed, device=CARD) for packed in (None, Sample([6000, 5000], 0.5))
+    )
+    assert shared.token_budget == 6000 < apart.token_budget
+    assert shared.predicted_gib < apart.predicted_gib - 2
+    # rows cut to another length have no sample of their own: the share stands in for it
+    assert memory_plan._batches([100] * 64, Sample([], 0.5), 32) == [1600, 1600]
+
+
 def test_more_of_anything_needs_more():
     def need(**overrides) -> float:
         changed = {"engine": "trl", "gradient_checkpointing": True, **overrides}

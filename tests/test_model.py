@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from training import make_tiny, resolved
 
-from kto_core import config, demo_model, model
+from kto_core import config, demo_model, model, model_info
 from kto_core.errors import Cancelled, ConfigError, ModelError
 
 ROOT = Path(model.__file__).parents[1]
@@ -50,7 +50,7 @@ def test_demo_model_answers(demo_model):
 
 
 def test_demo_is_made_once_and_a_broken_one_is_made_again(demo_model, tmp_path, monkeypatch):
-    assert demo_model == model.demo_model_dir() == Path(model.resolve_model("demo"))
+    assert demo_model == model_info.demo_model_dir() == Path(model_info.resolve_model("demo"))
     copy = tmp_path / "demo" / demo_model.name
     shutil.copytree(demo_model, copy, ignore=shutil.ignore_patterns("model.safetensors"))
     (copy / "model.safetensors").write_bytes(b"cut")
@@ -58,7 +58,7 @@ def test_demo_is_made_once_and_a_broken_one_is_made_again(demo_model, tmp_path, 
     cancel = threading.Event()
     cancel.set()
     with pytest.raises(Cancelled):
-        model.demo_model_dir(cancel=cancel)
+        model_info.demo_model_dir(cancel=cancel)
     assert not list((tmp_path / "demo").glob("*.part"))
 
 
@@ -71,11 +71,11 @@ def test_demo_without_network(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     said = []
     with pytest.raises(ModelError, match="Check the network"):
-        model.demo_model_dir(lambda fraction, text: said.append(text))
+        model_info.demo_model_dir(lambda fraction, text: said.append(text))
     assert said and not list(tmp_path.rglob("*.part"))
     monkeypatch.setattr(demo_model, "SPACE", 1 << 60)
     with pytest.raises(Exception, match="GiB are free"):
-        model.demo_model_dir()
+        model_info.demo_model_dir()
 
 
 # ---- facts and names -------------------------------------------------------------------------------------------------
@@ -83,7 +83,7 @@ def test_demo_without_network(tmp_path, monkeypatch):
 
 def test_facts_need_no_torch(demo_model):
     code = (
-        "import sys, json; from kto_core.model import model_facts; f = model_facts('demo').to_dict(); "
+        "import sys, json; from kto_core.model_info import model_facts; f = model_facts('demo').to_dict(); "
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules; print(json.dumps(f))"
     )
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -105,7 +105,7 @@ def test_facts_need_no_torch(demo_model):
 )  # fmt: skip
 def test_parameters_from_shapes(tmp_path, change, expected):
     (tmp_path / "config.json").write_text(json.dumps(change))
-    assert model.model_facts(str(tmp_path)).parameters == expected
+    assert model_info.model_facts(str(tmp_path)).parameters == expected
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_parameters_from_shapes(tmp_path, change, expected):
 )
 def test_names_that_are_no_model(name, words):
     with pytest.raises(ModelError, match=words):
-        model.resolve_model(name)
+        model_info.resolve_model(name)
 
 
 def test_broken_folders_are_explained(tiny, tmp_path):
@@ -134,7 +134,7 @@ def test_broken_folders_are_explained(tiny, tmp_path):
         model.load_base(resolved(pickles, "").config, for_training=True)
     (pickles / "config.json").write_text("{")
     with pytest.raises(ModelError, match="config.json"):
-        model.model_facts(str(pickles))
+        model_info.model_facts(str(pickles))
     (broken / "tokenizer.json").write_text("{}")
     with pytest.raises(ModelError, match="tokenizer"):
         model.load_tokenizer(str(broken))
@@ -250,7 +250,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 ASK = """
 import json, sys, threading
-from kto_core import model, model_files
+from kto_core import model, model_files, model_info
 from kto_core.errors import KTOError
 said, out = [], {}
 cancel = threading.Event()
@@ -258,16 +258,16 @@ def stop(fraction, text):
     cancel.set()
 for name in ("me/none", "me/gated", "me/pickles"):
     try:
-        out[name] = str(model.local_folder(name))
+        out[name] = str(model_info.local_folder(name))
     except KTOError as e:
         out[name] = f"{type(e).__name__}: {e}"
 try:
-    model.local_folder("me/good", stop, cancel)
+    model_info.local_folder("me/good", stop, cancel)
 except KTOError as e:
     out["cancelled"] = type(e).__name__
 out["before"] = str(model_files.cached_folder("me/good"))
-out["facts"] = model.model_facts("me/good").parameters
-out["good"] = str(model.local_folder("me/good", lambda f, t: said.append([f, t])))
+out["facts"] = model_info.model_facts("me/good").parameters
+out["good"] = str(model_info.local_folder("me/good", lambda f, t: said.append([f, t])))
 out["said"] = said
 out["again"] = str(model_files.cached_folder("me/good"))
 print(json.dumps(out))
@@ -300,10 +300,11 @@ def test_models_of_the_hub(tiny, tmp_path):
     assert out["good"] == out["again"] and (Path(out["good"]) / "model.safetensors").is_file()
     assert not (Path(out["good"]) / "consolidated.safetensors").exists()
     assert out["said"][-1][0] == 1.0 and "GB" in out["said"][-1][1]
-    assert out["facts"] == model.model_facts(str(tiny)).parameters
+    assert out["facts"] == model_info.model_facts(str(tiny)).parameters
 
-    offline = "from kto_core import model; print(model.local_folder('me/good')); model.load_tokenizer('me/good'); "
-    offline += "\ntry: model.resolve_model('me/other')\nexcept Exception as e: print(type(e).__name__, e)"
+    offline = "from kto_core import model, model_info; print(model_info.local_folder('me/good')); "
+    offline += "model.load_tokenizer('me/good')"
+    offline += "\ntry: model_info.resolve_model('me/other')\nexcept Exception as e: print(type(e).__name__, e)"
     env |= {"HF_ENDPOINT": "http://127.0.0.1:9"}  # what was fetched works without a network
     done = subprocess.run([sys.executable, "-c", offline], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.stdout.splitlines()[0] == out["good"], done.stderr

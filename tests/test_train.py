@@ -324,19 +324,32 @@ def test_disk_is_checked_before(tiny, data, tmp_path, monkeypatch):
     ended = run(tiny, data, tmp_path, max_steps=1)
     assert ended.state == "failed" and "GiB are free" in ended.error
     with pytest.raises(DiskError, match="save_total_limit"):
-        from kto_core.model import model_facts
+        from kto_core.model_info import model_facts
 
         train_checks.check_disk(resolved(tiny, data).config, model_facts(str(tiny)), tmp_path, 10)
 
 
 def test_adapter_size_is_foretold(tiny, data, tmp_path):
-    from kto_core.model import model_facts
+    from kto_core.model_info import model_facts
     from kto_core.train_checks import lora_parameters
 
     config = resolved(tiny, data, max_steps=1)
     train(config.config, tmp_path)
     counted = sum(t.numel() for t in weights(tmp_path / "adapter").values())
     assert lora_parameters(config.config, model_facts(str(tiny))) == counted
+
+
+def test_a_long_run_keeps_its_checkpoints_light(tiny, data, tmp_path, monkeypatch):
+    """trainer_state.json has the last entries; the events and the evaluation at the end miss none."""
+    from kto_core import callbacks
+
+    monkeypatch.setattr(callbacks, "LOGGED", 3)
+    train(resolved(tiny, data, max_steps=8, logging_steps=1, save_steps=8, test_size=0.2).config, tmp_path)
+    found = state(tmp_path)
+    assert [m["step"] for m in found.metrics if "loss" in m] == list(range(1, 9))
+    assert sum("eval_loss" in m for m in found.metrics) == 1
+    (saved,) = tmp_path.glob("checkpoints/checkpoint-8/trainer_state.json")
+    assert len(json.loads(saved.read_text())["log_history"]) <= 3 + 1
 
 
 def test_stuck_loss_is_explained_once():

@@ -196,7 +196,7 @@ def ask(page, text: str) -> None:
 def test_a_conversation_with_the_demo_model(demo_model, monkeypatch, tmp_path):
     from tabs import opened, served
 
-    from kto_core import chat, dataset, paths
+    from kto_core import chat, dataset, feedback, paths
     from ui import chat_tab
 
     monkeypatch.setenv("KTO_STUDIO_DATA", str(tmp_path / "data"))
@@ -231,7 +231,7 @@ def test_a_conversation_with_the_demo_model(demo_model, monkeypatch, tmp_path):
         assert said(page) == before
         column.get_by_role("button", name="Disliked", exact=True).click()
         page.get_by_text("to collect training rows").wait_for()
-        assert chat.feedback_counts(file) == (0, 0)
+        assert feedback.counts(file) == (0, 0)
 
         # side by side: both answer the same history
         page.get_by_text("Side by side").click()

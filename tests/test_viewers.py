@@ -3,6 +3,7 @@
 import gc
 import os
 import statistics
+import sys
 import threading
 import time
 
@@ -98,6 +99,12 @@ def test_eight_viewers(training, worker):
     grown = memory() - before
     assert best < 0.05, f"p95 of a tick {1000 * best:.0f} ms"
     assert worker == "thread" or grown < 20, f"{grown:.0f} MiB more"
+    turn = sys.getswitchinterval()  # a training thread leaves the interpreter to the pages often, until it ends
+    assert turn < 0.001 if worker == "thread" else turn >= 0.001
+    while run.alive():
+        run.stop()
+        time.sleep(0.1)
+    assert sys.getswitchinterval() >= 0.001
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import threading
 
 import gradio as gr
 
-from kto_core import chat, paths
+from kto_core import chat, feedback, paths
 from kto_core.errors import Cancelled, ModelError
 from ui import chat_models, chat_session, chat_view
 from ui.chat_session import BASE, BOTH, TUNED, Settings
@@ -318,7 +318,7 @@ def _loading(ctx: Context, model, checkpoint, load, unload, state) -> None:
 
 def _count() -> tuple[int, int]:
     """Rows in the feedback file: (desirable, undesirable)."""
-    return chat.feedback_counts(paths.data_dir() / FEEDBACK)
+    return feedback.counts(paths.data_dir() / FEEDBACK)
 
 
 def _feedback(ctx: Context, settings: list, screen: list, note: gr.HTML, use: gr.Button) -> None:
@@ -334,10 +334,10 @@ def _feedback(ctx: Context, settings: list, screen: list, note: gr.HTML, use: gr
         path = paths.data_dir() / FEEDBACK
         liked = dict(conversation["liked"])
         if event.liked is True or event.liked is False:
-            chat.add_feedback(path, messages, event.liked)
+            feedback.add(path, messages, event.liked)
             liked[f"{side}{index}"] = event.liked
         else:  # taken back
-            chat.remove_feedback(path, messages)
+            feedback.remove(path, messages)
             liked.pop(f"{side}{index}", None)
         conversation = conversation | {"liked": liked}
         return conversation, _keep(conversation, s), *shown()

@@ -153,10 +153,11 @@ def count(data_id: str, model: str, max_length: int | None) -> jobs.Job:
 
 def _tokenizer(model: str, progress, cancel):
     from kto_core import model as models
+    from kto_core import model_info
 
     if model not in _tokenizers:
         progress(None, "Loading the tokenizer…")
-        models.resolve_model(model, progress, cancel)  # the demo model is made here, once, with progress
+        model_info.resolve_model(model, progress, cancel)  # the demo model is made here, once, with progress
         _keep(_tokenizers, model, models.load_tokenizer(model))
     return _tokenizers[model]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import gradio as gr
 
-from kto_core import export, jobs, model
+from kto_core import export, jobs, model_info
 from kto_core import run as runs
 from kto_core.errors import BusyError, ExportError, KTOError
 from ui import chat_models, export_view, jobs_view
@@ -164,7 +164,7 @@ def parameters(run, ask: bool = True) -> float | None:
     name = run.config().config.model
     if ask and _parameters.get(name) is None:
         try:
-            _parameters[name] = model.model_facts(name).parameters
+            _parameters[name] = model_info.model_facts(name).parameters
         except KTOError:
             _parameters[name] = None
     return _parameters.get(name)

@@ -9,7 +9,7 @@ import html
 import json
 from collections import OrderedDict
 
-from kto_core import hardware, jobs, train_checks
+from kto_core import hardware, jobs, model_info, train_checks
 from kto_core.dry_run import planned_steps
 from kto_core.errors import DataError, KTOError
 from kto_core.events import thin
@@ -53,10 +53,10 @@ def begin(form: dict, data_id: str) -> jobs.Job:
         return job
 
     def work(progress, cancel):
-        from kto_core import model, train
+        from kto_core import train
 
         progress(None, "Looking for the model's tokenizer…")
-        model.resolve_model(found.config.model, progress, cancel)
+        model_info.resolve_model(found.config.model, progress, cancel)
         return train.dry_run(found.config, progress)
 
     _exact[name] = job = jobs.start(JOB + sources.name(data_id), work)

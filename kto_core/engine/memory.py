@@ -9,6 +9,7 @@ import torch
 
 from . import attention, tree
 from .passes import RESERVE, SHARE, cheapest, working, y_tokens
+from .sample import packed_tokens
 
 SCORING = (2048, 16384)  # most tokens of a pass without gradients: enough to keep a CPU, or a GPU, busy
 MEASURED = (64, 192)  # tokens of the measured passes
@@ -20,10 +21,8 @@ def sample_groups(planner, count: int = 32) -> list[int]:
     sizes = []
     for g in np.unique(np.linspace(0, len(plan) - 1, min(count, len(plan))).astype(int)):
         own, other = plan.group(int(g))
-        prompts, completions = [rows.prompt[i] for i in own], [rows.completion[i] for i in own]
-        order = tree.sorted_by_prefix(prompts, completions, range(len(own)))
-        t = tree.build([prompts[i] for i in order], [completions[i] for i in order])
-        sizes.append(len(t) + (sum(y_tokens(len(rows.completion[i])) for i in other) if planner.kl else 0))
+        y = sum(y_tokens(len(rows.completion[i])) for i in other) if planner.kl else 0
+        sizes.append(packed_tokens(rows.prompt, rows.completion, own) + y)
     return sizes
 
 

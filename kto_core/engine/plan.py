@@ -133,8 +133,8 @@ def group_count(n: int, group_size: int, kl: bool = True) -> int:
 
 def plan_epoch(
     labels: np.ndarray,
-    prompt_keys: np.ndarray,
-    completion_keys: np.ndarray,
+    prompt_keys: np.ndarray | None,
+    completion_keys: np.ndarray | None,
     group_size: int,
     seed: int,
     epoch: int,
@@ -145,7 +145,7 @@ def plan_epoch(
     Groups differ in size by one row at most, so that no row counts more than another and there is no tail group of one.
 
     Args:
-        labels: bool ``[n]``. prompt_keys, completion_keys: ``[n]``, equal for equal token ids.
+        labels: bool ``[n]``. prompt_keys, completion_keys: ``[n]``, equal for equal token ids; unused without kl.
         group_size: rows of an optimizer batch. kl: False for a loss without y' (partner is then the row itself).
 
     Raises:
