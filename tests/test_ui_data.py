@@ -292,6 +292,37 @@ def test_the_data_tab_end_to_end(mixed, tmp_path, demo_model):
 
 
 @pytest.mark.browser
+def test_a_late_answer_does_not_stay(tmp_path, demo_model):
+    """Two requests may overtake each other; the table ends up as the controls say."""
+    import browser
+
+    mixed = write(tmp_path / "mixed.jsonl", [row(i, i % 3 > 0) for i in range(130)])
+    with browser.app(tmp_path / "app") as url, browser.chromium() as b, browser.page_of(b, url) as page:
+        page.locator("#data-upload input[type=file]").set_input_files(str(mixed))
+        place, search = page.locator("#data-range"), page.locator("#data-search input, #data-search textarea")
+        place.get_by_text("1–50 of 130 rows").wait_for()
+        with page.expect_request(lambda r: r.post_data is not None and len(r.post_data_json["data"]) == 7) as sent:
+            page.locator("button#data-forth").click()  # seven inputs: a turned page; a tick has many more
+        place.get_by_text("51–100 of 130 rows").wait_for()
+
+        held = []
+
+        def hold(route) -> None:
+            turns = route.request.post_data_json["fn_index"] == sent.value.post_data_json["fn_index"]
+            held.append(route) if turns else route.continue_()
+
+        page.route("**/run/predict*", hold)
+        page.locator("button#data-forth").click()
+        search.fill("question 00")
+        place.get_by_text("1–10 of 10 rows").wait_for()
+        with page.expect_response(lambda r: r.request == held[0].request):
+            held[0].continue_()
+        place.get_by_text("51–100 of 130 rows").wait_for()  # late, and not what was asked for last
+        place.get_by_text("1–10 of 10 rows").wait_for()
+        assert search.input_value() == "question 00"
+
+
+@pytest.mark.browser
 def test_bad_files_are_said_and_the_page_stays(tmp_path, demo_model):
     import browser
 

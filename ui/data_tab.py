@@ -39,6 +39,7 @@ def build(ctx: Context) -> None:
                     data_layout.report_panel(ui)
                     data_layout.convert_panel(ui)
     ui.page, ui.seen, ui.told = gr.State(0), gr.State(None), gr.State("")
+    ui.listed, ui.opened = gr.State(None), gr.State(None)  # what the table and the row were made of
     _choosing(ctx, ui)
     _table_events(ctx, ui)
     _row_events(ctx, ui)
@@ -143,10 +144,11 @@ def _page(ui, found: data_jobs.Look, page: int, search: str, label: str, row: in
     """The table and its pager. ``page`` from 0; beyond the last one it is the last one. ``row`` from 1 is marked."""
     searched = bool((search or "").strip()) or label != "all"
     chosen = row - 1 if row else None
+    made_of = {ui.listed: _asked(found, search, label)}
     if found.loaded is None:
         rows = found.first or []
         text = f"The first {len(rows)} rows. Search and pages come when all are read." if rows else ""
-        return _pager(ui, data_view.table(rows, len(rows), chosen) if rows else "", 0, 1, text)
+        return made_of | _pager(ui, data_view.table(rows, len(rows), chosen) if rows else "", 0, 1, text)
 
     def ask(page: int) -> tuple[list[dict], int]:
         return dataset.page(found.loaded.rows, page, data_view.PAGE, search or "", data_view.label_of(label))
@@ -157,7 +159,12 @@ def _page(ui, found: data_jobs.Look, page: int, search: str, label: str, row: in
         page = last - 1
         rows, total = ask(page)
     shown = data_view.table(rows, total, chosen, searched)
-    return _pager(ui, shown, page, last, data_view.place(page, data_view.PAGE, total))
+    return made_of | _pager(ui, shown, page, last, data_view.place(page, data_view.PAGE, total))
+
+
+def _asked(found: data_jobs.Look, *what) -> tuple:
+    """What the rows are, and what is asked of them. Answers may overtake each other: `tick` compares and mends."""
+    return (*found.signature[:1], found.loaded is not None, bool(found.first), *what)
 
 
 def _pager(ui, table: str, page: int, last: int, text: str) -> dict:
@@ -173,17 +180,21 @@ def _pager(ui, table: str, page: int, last: int, text: str) -> dict:
 
 def _row(ui, found: data_jobs.Look, number, model: str, view: str) -> dict:
     """One row, ``number`` from 1."""
+    return {ui.shown: _seen(found, number, model, view), ui.opened: _asked(found, number, model, view)}
+
+
+def _seen(found: data_jobs.Look, number, model: str, view: str) -> str:
     if found.loaded is None or not found.loaded.rows:
-        return {ui.shown: data_view.note("A row can be seen here once a data set is read.")}
+        return data_view.note("A row can be seen here once a data set is read.")
     row = found.loaded.rows[min(max(int(number or 1), 1), len(found.loaded.rows)) - 1]
     if view == data_layout.MESSAGES:
-        return {ui.shown: data_view.conversation(row)}
+        return data_view.conversation(row)
     if found.tokenizer is None:
-        return {ui.shown: data_view.not_seen(model, found.counting) + data_view.conversation(row)}
+        return data_view.not_seen(model, found.counting) + data_view.conversation(row)
     try:
-        return {ui.shown: data_view.as_seen(row, template.render(row, found.tokenizer))}
+        return data_view.as_seen(row, template.render(row, found.tokenizer))
     except KTOError as e:
-        return {ui.shown: data_view.problem(str(e)) + data_view.conversation(row)}
+        return data_view.problem(str(e)) + data_view.conversation(row)
 
 
 # ---- what is done
@@ -207,30 +218,30 @@ def _choosing(ctx: Context, ui) -> None:
             **_row(ui, found, 1, model, view),
         }
 
-    def tick(data_id, model, limit, form, view, page, search, label, row, seen, told):
+    def tick(data_id, model, limit, form, view, page, search, label, row, seen, told, listed, opened):
         found = _look(data_id, model, limit, wait=False)
+        out = {}
+        if listed != (asked := _asked(found, search, label)):
+            out |= _page(ui, found, page if listed and listed[-2:] == asked[-2:] else 0, search, label, row)
         if _signature(found, form) == seen:
+            if opened != _asked(found, row, model, view):
+                out |= _row(ui, found, row, model, view)
             progress = _progress(ui, found)
             if progress[ui.told] == told and not _converting(found, form):
-                return gr.skip()
+                return out or gr.skip()
             lengths = {ui.lengths: _lengths(found, _limit(limit), model)} if found.report else {}
-            return {**progress, **_conversion(ui, found, form), **lengths}
+            return {**out, **progress, **_conversion(ui, found, form), **lengths}
         rows = {ui.row: gr.update(maximum=len(found.loaded.rows))} if found.loaded and found.loaded.rows else {}
-        grown = seen is None or found.signature[:4] != tuple(seen[:4])  # else the table has not changed
-        return {
-            **_screen(ui, found, limit, model, form),
-            **(_page(ui, found, page, search, label, row) if grown or found.loaded is None else {}),
-            **_row(ui, found, row, model, view),
-            **rows,
-        }
+        return {**_screen(ui, found, limit, model, form), **_row(ui, found, row, model, view), **rows, **out}
 
     def measured(data_id, model, limit, form, view, row):
         found = _look(data_id, model, limit)
         return {**_screen(ui, found, limit, model, form), **_row(ui, found, row, model, view)}
 
+    made_of = [ui.listed, ui.opened]
     ctx.on_load(show, everything, asked)
     ctx.chosen_data.change(ctx.guarded(show), asked, everything, **QUICK)
-    ctx.on_tick(tick, everything, [*asked, ui.page, ui.search, ui.label, ui.row, ui.seen, ui.told])
+    ctx.on_tick(tick, everything, [*asked, ui.page, ui.search, ui.label, ui.row, ui.seen, ui.told, *made_of])
     ui.pick.input(None, [ui.pick], [ctx.chosen_data], js="x => x", show_progress="hidden")
     for control in (ui.model.input, ui.limit.input):
         control(ctx.guarded(measured), [*asked, ui.row], everything, **LAST)
@@ -266,7 +277,7 @@ def _converting(found: data_jobs.Look, form: str) -> bool:
 
 def _table_events(ctx: Context, ui) -> None:
     asked = [ctx.chosen_data, ui.model, ui.limit, ui.page, ui.search, ui.label, ui.row]
-    shown = [ui.table, ui.page, ui.number, ui.back, ui.forth, ui.range]
+    shown = [ui.table, ui.page, ui.number, ui.back, ui.forth, ui.range, ui.listed]
 
     def turn(by: int | None):
         def turned(data_id, model, limit, page, search, label, row):
@@ -283,8 +294,7 @@ def _table_events(ctx: Context, ui) -> None:
             del out[ui.number]  # leave what is being typed alone
         return out
 
-    ui.search.change(turn(None), asked, shown, **LAST)
-    ui.label.input(turn(None), asked, shown, **LAST)
+    gr.on([ui.search.change, ui.label.input], turn(None), asked, shown, **LAST)  # one after the other
     ui.back.click(turn(-1), asked, shown, **DIRECT)
     ui.forth.click(turn(1), asked, shown, **DIRECT)
     ui.number.input(quiet(jump), [*asked, ui.number], shown, **LAST)
@@ -300,10 +310,9 @@ def _row_events(ctx: Context, ui) -> None:
     def typed(data_id, model, limit, view, number):
         return _row(ui, _look(data_id, model, limit), number, model, view)
 
-    ui.table.select(quiet(chosen), asked, [ui.row, ui.shown], **LAST)
+    ui.table.select(quiet(chosen), asked, [ui.row, ui.shown, ui.opened], **LAST)
     ui.row.change(None, [ui.row], js=data_layout.MARK_ROW, show_progress="hidden")
-    for control in (ui.row.input, ui.view.input):
-        control(quiet(typed), [*asked, ui.row], [ui.shown], **LAST)
+    gr.on([ui.row.input, ui.view.input], quiet(typed), [*asked, ui.row], [ui.shown, ui.opened], **LAST)
 
 
 def _other_events(ctx: Context, ui) -> None:
