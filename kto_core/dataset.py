@@ -262,14 +262,16 @@ def save(
     """Write rows as JSONL (``.gz``: compressed) in TRL's conversational form or ChatML; beside, then renamed.
 
     Raises:
-        DataError: unknown form, or a name that promises another kind of file.
+        DataError: unknown form, a name that promises another kind of file, or something there that is no file.
         DiskError: the file cannot be written.
     """
-    path = Path(path).expanduser()
+    path = Path(path).expanduser().resolve()  # a link stays one
     if form not in FORMS:
         raise DataError(f"There is no form {form}. Use {' or '.join(FORMS)}.")
     if path.suffix.lower() in (".csv", ".tsv", ".parquet") or path.is_dir():
         raise DataError(f"{path.name} cannot be written: rows are saved as JSONL. Choose a name that ends in .jsonl.")
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path} is no file, so no rows can be put in its place. Choose another name.")
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -284,7 +286,7 @@ def save(
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
         if isinstance(e, OSError) and not isinstance(e, KTOError):
-            raise DiskError(f"{path} cannot be written: {e.strerror}. Make room, or choose another folder.") from None
+            raise DiskError.of(path, e) from None
         raise
     return path
 
@@ -298,8 +300,20 @@ def convert(
     progress: Progress = no_progress,
     cancel: threading.Event | None = None,
 ) -> Loaded:
-    """`load` and `save` in one. Returns what was loaded, whose report says what was left out."""
+    """`load` and `save` in one. Returns what was loaded, whose report says what was left out.
+
+    Raises:
+        DataError: no row can be used, or ``out`` is the source and rows would be lost; or as `load` and `save`.
+    """
     loaded = load(source, split, progress=progress, cancel=cancel)
+    report = loaded.report
+    if not report.kept:
+        raise DataError(report.problem)
+    if report.dropped and os.path.exists(source) and os.path.exists(out) and os.path.samefile(source, out):
+        raise DataError(
+            f"{out} is the file that is read, and {sum(report.dropped.values()):,} of its rows cannot be kept: they "
+            "would be lost. Choose another name."
+        )
     save(loaded.rows, out, to, progress=progress, cancel=cancel)
     return loaded
 

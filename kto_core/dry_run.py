@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from .errors import DataError
+from .errors import DataError, HardwareError, KTOError
 from .jobs import Progress, no_progress
 
 if TYPE_CHECKING:
@@ -25,22 +25,30 @@ def dry_run(config: RunConfig, progress: Progress = no_progress) -> dict:
     """The contract of ``train --dry-run --json``: ``config``, ``data``, ``steps``, ``memory``.
 
     Rows are encoded with the model's tokenizer, so ``data`` has lengths, ``truncated`` and ``too_long``; ``steps``
-    counts the rows that would be trained on.
+    counts the rows that would be trained on. ``problem``: why the run would be refused on this machine; "" if not.
 
     Raises:
         DataError, ModelError: as the run itself would.
     """
-    from . import dataset
+    from . import dataset, train_checks
     from .config import as_trl
     from .model import load_tokenizer
+    from .model_info import model_facts
     from .train_data import plan_data
 
     if not config.data:
         raise DataError("No data is chosen. Name a file or a Hub data set with --data.")
-    tokenizer = load_tokenizer(config.model)
+    problem = train_checks.refusal(config)
+    try:
+        tokenizer = load_tokenizer(config.model)
+    except KTOError:
+        if problem:  # what the run would say first
+            raise HardwareError(problem) from None
+        raise
     loaded = dataset.load(config.data, config.data_split, progress=progress)
     report = dataset.check(loaded, tokenizer, config.max_length, progress=progress)
-    found = {"config": as_trl(config), "data": report.to_dict()}
+    problem = problem or train_checks.refusal(config, model_facts(config.model))
+    found = {"config": as_trl(config), "data": report.to_dict(), "problem": problem}
     if report.problem:  # the caller says so; there is nothing to plan
         return {**found, "steps": 0, "memory": _memory(config, [])}
     data = plan_data(config, tokenizer, progress)

@@ -15,6 +15,8 @@ KTOError
 
 from __future__ import annotations
 
+import errno
+
 
 class KTOError(Exception):
     """Base of all errors whose text is meant for the user."""
@@ -53,7 +55,12 @@ class RunError(KTOError):
 
 
 class DiskError(KTOError):
-    pass
+    @classmethod
+    def of(cls, path: object, e: OSError) -> DiskError:
+        """A file that could not be written, with the remedy that fits."""
+        full = e.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "Make room, or choose another folder." if full else "Choose a folder that you may write to."
+        return cls(f"{path} cannot be written: {e.strerror}. {remedy}")
 
 
 class ExportError(KTOError):

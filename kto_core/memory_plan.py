@@ -167,9 +167,7 @@ def _rows(c: RunConfig) -> int:
     return max(1, c.effective_batch_size // c.num_gpus)
 
 
-def _fit_packed(
-    c, s: Shape, lengths, packed: Sample | None, available: float, k: Coefficients, *, gpu: bool
-) -> _Fit:
+def _fit_packed(c, s: Shape, lengths, packed: Sample | None, available: float, k: Coefficients, *, gpu: bool) -> _Fit:
     longest, rows = max(lengths), _rows(c)
     sums = _batches(lengths, packed, rows)
     nothing = dict.fromkeys(("activations", "K/V store", "logits"), 0.0)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from .errors import ConfigError, HardwareError, ModelError
 from .jobs import Progress, no_progress
 from .libraries import transformers_ready
-from .model_files import cached_folder
+from .model_files import cached_folder, require_adapter
 from .model_info import local_folder, model_facts, public_name, resolve_model
 
 if TYPE_CHECKING:
@@ -229,10 +229,7 @@ def load_adapter(model, folder: str | Path, *, trainable: bool = False):
     from peft import PeftModel
 
     folder = Path(folder)
-    if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
-        raise ModelError(
-            f"{folder} has no adapter (adapter_config.json and adapter_model.safetensors). Choose a finished run."
-        )
+    require_adapter(folder)
     try:
         return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
     except Exception as e:  # shapes (RuntimeError), targets (ValueError), a cut file (SafetensorError)

@@ -174,3 +174,15 @@ def _explained(name: str):
             f"{name} is not on this machine and the Hub cannot be reached ({type(e).__name__}). Check the network, or "
             "choose `demo` or a model folder that is here."
         ) from e
+
+
+def require_adapter(folder: Path) -> None:
+    """Whether ``folder`` has a safetensors adapter.
+
+    Raises:
+        ModelError: it has none.
+    """
+    if not all((folder / name).is_file() for name in ("adapter_config.json", "adapter_model.safetensors")):
+        raise ModelError(
+            f"{folder} has no adapter (adapter_config.json and adapter_model.safetensors). Choose a finished run."
+        )

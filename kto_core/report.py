@@ -18,6 +18,7 @@ from pathlib import Path
 from .errors import DataError, DiskError
 from .rows import WANTED, shorten
 
+UNREADABLE = {"not valid UTF-8", "not JSON", "not valid CSV"}  # reasons that say nothing of the columns
 KINDS = ("dropped", "changed", "duplicate", "conflict", "too_long", "truncated")
 
 
@@ -109,7 +110,8 @@ class Report:
                 found = ", ".join(self.columns) or "none"
                 return f"No row has the columns needed. Columns found: {found}. Wanted: {WANTED}."
             why = "; ".join(f"{reason}: {count:,}" for reason, count in self.dropped.most_common(3))
-            return f"None of the {self.rows:,} rows can be used ({why}). Each row needs {WANTED}."
+            remedy = f"Each row needs {WANTED}." if set(self.dropped) - UNREADABLE else "Save the file again, as UTF-8."
+            return f"None of the {self.rows:,} rows can be used ({why}). {remedy}"
         good, bad = self.fitting
         if not good + bad:
             return f"All {self.kept:,} rows are too long. Raise the maximum length, or shorten the completions."
@@ -216,7 +218,7 @@ def write_issues(report: Report, path: str | os.PathLike) -> Path:
     except OSError as e:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
-        raise DiskError(f"{path} cannot be written: {e.strerror}. Make room, or choose another folder.") from None
+        raise DiskError.of(path, e) from None
     return path
 
 

@@ -32,7 +32,7 @@ class Row:
         prompt: messages ``{"role", "content", optional "tool_calls", "name", "tool_call_id", …}``, never empty.
         completion: one assistant message; its content may be None if it has tool_calls.
         label: True desirable, False undesirable.
-        line: 1-based line (JSONL) or row number in the source.
+        line: 1-based line (JSONL, CSV) or row number in the source.
         tools: JSON schemas of the tools the model was offered.
         extra: the other columns.
     """
@@ -90,14 +90,18 @@ def parse_all(obj: object, line: int) -> tuple[list[Row | DroppedRow], str, list
 
 
 def _form(obj: dict) -> tuple[str | None, str]:
-    """Name of the shape, and the column of the messages ("" for none)."""
-    if "chosen" in obj and "rejected" in obj:
-        return "pair", next((c for c in ("prompt", "conversations", "messages") if obj.get(c) is not None), "")
-    if "prompt" in obj and "completion" in obj:
-        return "prompt/completion/label", ""
-    for column in ("conversations", "messages"):
-        if column in obj:
-            return f"{column}/label", column
+    """Name of the shape, and the column of the messages ("" for none).
+
+    A table of several shapes has all columns in every row: those without a value count only if no shape has its values.
+    """
+    for there in ({c for c, value in obj.items() if value not in (None, "")}, obj.keys()):
+        if "chosen" in there and "rejected" in there:
+            return "pair", next((c for c in ("prompt", "conversations", "messages") if obj.get(c) is not None), "")
+        if "prompt" in there and "completion" in there:
+            return "prompt/completion/label", ""
+        for column in ("conversations", "messages"):
+            if column in there:
+                return f"{column}/label", column
     return None, ""
 
 
@@ -139,6 +143,8 @@ def _extra(obj: dict, used: tuple[str, ...], changes: list[str], pair: bool = Fa
         if key in taken:
             continue
         if key in COLUMNS:
+            if value in (None, ""):
+                continue
             renamed = f"original_{key}"
             while renamed in obj:
                 renamed += "_"

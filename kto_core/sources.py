@@ -217,7 +217,7 @@ def records(
         store = spool()
         progress(None, f"Getting {source} from the Hub…")
         dicts = arrow_rows(hub_batches(source, split))
-        return store, _watch(_spooled(store, dicts), lambda: None, source, progress, cancel)
+        return store, _watch(_spooled(store, enumerate(dicts, 1)), lambda: None, source, progress, cancel)
     path = find(source)
     size = path.stat().st_size
     file = open(path, "rb")  # noqa: SIM115 - the store keeps it
@@ -226,7 +226,7 @@ def records(
     kind = _kind(path, head)
     if kind == "parquet":
         store = spool()
-        found = _spooled(store, arrow_rows(parquet_batches(path)))
+        found = _spooled(store, enumerate(arrow_rows(parquet_batches(path)), 1))
         return store, _watch(found, lambda: None, path.name, progress, cancel)
 
     def done() -> float | None:
@@ -256,7 +256,7 @@ def records(
             found = _lines(text, store)
     else:
         store = spool()
-        found = _spooled(store, _json_items(text, path.name))
+        found = _spooled(store, enumerate(_json_items(text, path.name), 1))
     return store, _watch(found, done, path.name, progress, cancel)
 
 
@@ -342,8 +342,8 @@ def _lines(file, store: Store | None) -> Iterator[Record]:
             yield line, store.append(raw) if store else start, raw
 
 
-def _spooled(store: Store, items: Iterable[object]) -> Iterator[Record]:
-    for row, item in enumerate(items, 1):
+def _spooled(store: Store, items: Iterable[tuple[int, object]]) -> Iterator[Record]:
+    for row, item in items:
         if isinstance(item, DroppedRow):
             yield row, -1, item
         else:

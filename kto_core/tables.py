@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import socket
+from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -34,22 +35,62 @@ def is_broken(value: object) -> bool:
         return True
 
 
-def csv_rows(file, name: str) -> Iterator[object]:
-    """Rows as dicts. Cells of message columns that hold a list of messages are decoded."""
+class _Lines:
+    """Lines for a csv.reader, of which all but the first that it took for a record can be given back."""
+
+    def __init__(self, file):
+        self._file, self._back = file, deque()
+        self._taken: list[str] = []
+        self.number = 0  # of the line before the record's first
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        line = self._back.popleft() if self._back else next(self._file)
+        self._taken.append(line)
+        return line
+
+    def begin(self) -> int:
+        """A record begins: the number of its first line."""
+        self.number += len(self._taken)
+        self._taken = []
+        return self.number + 1
+
+    def give_back(self) -> None:
+        """All but the first line are read again, as records of their own."""
+        self._back.extendleft(reversed(self._taken[1:]))
+        del self._taken[1:]
+
+    def peek(self) -> str:
+        """The first line that is not blank."""
+        for line in self._file:
+            if line.strip():
+                self._back.append(line)
+                return line
+            self.number += 1
+        return ""
+
+
+def csv_rows(file, name: str) -> Iterator[tuple[int, object]]:
+    """Rows as dicts, each with the number of the line it begins on. Cells with a list of messages are decoded.
+
+    A quote that is opened and never closed would take all lines up to the next one into its cell: only its own line is
+    dropped.
+    """
     csv.field_size_limit(2**31 - 1)
-    text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
-    first = next((line for line in iter(text.readline, "") if line.strip()), "")
-    delimiter = _delimiter(first)
-    rows = csv.reader(_chain(first, text), delimiter=delimiter, strict=True)
+    lines = _Lines(io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline=""))
+    rows = csv.reader(lines, delimiter=_delimiter(lines.peek()), strict=True)
     header = None
     while True:
-        before = rows.line_num
+        line = lines.begin()
         try:
             cells = next(rows)
         except StopIteration:
             return
         except csv.Error as e:
-            yield DroppedRow("not valid CSV", f"from line {before + 1}: {e}")
+            lines.give_back()
+            yield line, DroppedRow("not valid CSV", str(e))
             continue
         if not cells or cells == [""]:
             continue
@@ -59,22 +100,16 @@ def csv_rows(file, name: str) -> Iterator[object]:
                 raise DataError(f"{name} has the column {shorten(twice[0])} twice. Rename one of them.")
             continue
         if len(cells) > len(header):
-            yield DroppedRow("more cells than columns", f"{len(cells)} instead of {len(header)}")
+            yield line, DroppedRow("more cells than columns", f"{len(cells)} instead of {len(header)}")
             continue
         row = dict(zip(header, cells, strict=False))
         if any(not c.isascii() and is_broken(c) for c in cells):
-            yield DroppedRow("not valid UTF-8")
+            yield line, DroppedRow("not valid UTF-8")
             continue
         for column in _MESSAGES:
             if (cell := row.get(column)) and cell.lstrip()[:1] in ("[", "{"):
                 row[column] = _cell_messages(cell)
-        yield row
-
-
-def _chain(first: str, rest: Iterable[str]) -> Iterator[str]:
-    if first:
-        yield first
-    yield from rest
+        yield line, row
 
 
 def _delimiter(header: str) -> str:

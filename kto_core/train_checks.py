@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import ConfigError, DiskError, HardwareError, ModelError
+from .errors import ConfigError, DiskError, HardwareError, KTOError, ModelError
 
 if TYPE_CHECKING:
     from .config import RunConfig
@@ -89,6 +89,25 @@ def check_size(config: RunConfig) -> None:
     shape = find(config.model)
     if shape is not None and not devices():
         _require_small(config.model, shape.parameters)
+
+
+def refusal(config: RunConfig, facts: ModelFacts | None = None) -> str:
+    """Why a run would be refused on this machine, as far as can be told without loading anything; "" if it would not.
+
+    ``facts``: of the model, where they are known.
+    """
+    from .model_files import require_adapter
+
+    try:
+        check_libraries(config)
+        check_size(config)
+        if config.adapter:
+            require_adapter(Path(config.adapter))
+        if facts is not None:
+            check_hardware(config, facts)
+    except KTOError as e:
+        return str(e)
+    return ""
 
 
 def _require_small(name: str, parameters: int) -> None:

@@ -118,11 +118,15 @@ def test_boolean_flags_can_be_turned_off():
 @pytest.mark.parametrize(
     "line",
     ["", "nonsense", "data check", "train --batch", "export gguf r --quant q9", "chat demo --json",
-     "data convert a --to csv --out b", "train --data a --local-file b", "train --preset demo --model-size 3b"],
+     "data convert a --to csv --out b", "train --data a --local-file b", "train --preset demo --model-size 3b",
+     "chat demo --prompt hi --max-new-tokens 0", "chat demo --prompt hi --temperature -1", "chat demo --top-p 5",
+     "chat demo --prompt hi --repetition-penalty 0", "data check a --max-length 64", "data check a --max-length -3",
+     "train --preset demo --json", "train --json --local-file nope"],
 )  # fmt: skip
 def test_wrong_usage_is_2(capsys, line):
     code, out, err = called(capsys, *line.split())
-    assert code == 2 and not out and err
+    assert code == 2 and err and "Traceback" not in err
+    assert not out or "error" in json.loads(out)
 
 
 def test_all_wrong_settings_at_once_without_a_trace(capsys, rows_file):
@@ -186,6 +190,19 @@ def test_convert_there_and_back(capsys, rows_file, tmp_path):
 
 
 # ---- training
+
+
+@pytest.mark.parametrize(
+    "flags,words",
+    [("--dtype float16", "float16"), ("--engine unsloth", "Unsloth"), ("--adapter /nowhere", "no adapter"),
+     ("--preset 7b", "no NVIDIA GPU")],
+)  # fmt: skip
+def test_dry_run_refuses_what_the_run_would(capsys, rows_file, demo_model, flags, words, monkeypatch):
+    monkeypatch.setattr("kto_core.hardware.devices", list)
+    preset = [] if "--preset" in flags else ["--preset", "demo"]
+    code, out, err = called(capsys, "train", *preset, "--data", rows_file, "--dry-run", "--json", *flags.split())
+    assert code == 1 and words in err and "Traceback" not in err
+    assert words in (json.loads(out).get("problem") or json.loads(out)["error"])
 
 
 def test_dry_run_json(capsys, rows_file, demo_model, runs_dir):

@@ -166,7 +166,7 @@ def test_messages_in_tables(tmp_path):
             assert "'role'" in text
             with pytest.raises(DataError):  # `messages` must be JSON or a Python list
                 require_trainable(dataset.load(write(tmp_path / "b.csv", text.replace("[{'role'", "[{role"))).report)
-        assert list(dataset.load(tmp_path / "a.csv").rows) == want
+        assert list(dataset.load(tmp_path / "a.csv").rows) == [replace(r, line=r.line + 1) for r in want]  # the header
 
 
 def test_parquet_labels_that_are_not_there(tmp_path):
@@ -213,9 +213,59 @@ def test_bad_csv_rows(tmp_path):
     assert dict(loaded.report.dropped) == {
         "not valid UTF-8": 1, "more cells than columns": 1, "label not understood": 1, "not valid CSV": 1,
     }  # fmt: skip
-    assert [r.completion[0]["content"] for r in loaded.rows] == ["A.", "B.", "C\n."] and sums_hold(loaded.report)
+    assert [r.completion[0]["content"] for r in loaded.rows] == ["A.", "B.", "C\n.", "D."] and sums_hold(loaded.report)
+    assert [i["line"] for i in loaded.report.issues if i["kind"] == "dropped"] == [4, 5, 6, 10]
+    assert [r.line for r in loaded.rows] == [2, 3, 8, 11]
     with pytest.raises(DataError, match="label twice"):
         dataset.load(write(tmp_path / "b.csv", "prompt,label,label\nQ?,1,0\n"))
+
+
+def test_a_quote_that_is_never_closed_costs_its_own_line_only(tmp_path):
+    lines = ["prompt,completion,label", *(f"Q{i}?,A{i}.,{i % 2}" for i in range(999))]
+    for later in ("", 'Q?,"a ""quoted"" word",1'):
+        bad = [*lines[:10], 'Q?,"open,1', *lines[10:500], *([later] if later else []), *lines[500:]]
+        report = dataset.load(write(tmp_path / f"{len(later)}.csv", "\n".join(bad))).report
+        assert dict(report.dropped) == {"not valid CSV": 1} and report.rows == 1000 + bool(later)
+        assert [i["line"] for i in report.issues if i["kind"] == "dropped"] == [11]
+
+
+def test_shapes_mixed_in_a_table(tmp_path):
+    """A table has all columns in every row; those without a value say nothing of the row's shape."""
+    objects = [
+        {"prompt": "Q1?", "completion": "A.", "label": True},
+        {"prompt": "Q2?", "chosen": "Good.", "rejected": "Bad."},
+        {"messages": [{"role": "user", "content": "Q3?"}, {"role": "assistant", "content": "A."}], "label": False},
+    ]
+    want = [(r.prompt[0]["content"], r.label) for r in dataset.load(jsonl(tmp_path / "a.jsonl", objects)).rows]
+    assert len(want) == 4
+    columns = ("prompt", "completion", "chosen", "rejected", "messages", "label")
+    filled = [{c: o.get(c) for c in columns} for o in objects]
+    loaded = dataset.load(as_parquet(tmp_path / "a.parquet", filled))
+    assert [(r.prompt[0]["content"], r.label) for r in loaded.rows] == want and not loaded.report.dropped
+    with open(tmp_path / "a.csv", "w", newline="") as f:
+        writer = csv.DictWriter(f, columns)
+        writer.writeheader()
+        writer.writerows({k: json.dumps(v) if k == "messages" and v else v for k, v in o.items()} for o in filled)
+    loaded = dataset.load(tmp_path / "a.csv")
+    assert [(r.prompt[0]["content"], r.label) for r in loaded.rows] == want and not loaded.report.dropped
+
+
+def test_convert_never_loses_what_it_reads(tmp_path):
+    source = write(tmp_path / "a.jsonl", LINES[0] + "\n{broken\n" + LINES[1] + "\n")
+    before = source.read_bytes()
+    with pytest.raises(DataError, match="would be lost"):
+        dataset.convert(str(source), "trl", source)
+    none = write(tmp_path / "none.jsonl", '{"question": "Q?", "answer": "A."}\n')
+    with pytest.raises(DataError, match="columns"):
+        dataset.convert(str(none), "trl", none)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="no file"):
+        dataset.convert(str(source), "trl", tmp_path / "pipe")
+    assert source.read_bytes() == before and none.stat().st_size > 0 and (tmp_path / "pipe").is_fifo()
+    target = write(tmp_path / "target.jsonl", "old\n")
+    (tmp_path / "link.jsonl").symlink_to(target)
+    dataset.convert(str(source), "trl", tmp_path / "link.jsonl")
+    assert (tmp_path / "link.jsonl").is_symlink() and len(dataset.load(target).rows) == 2
 
 
 def test_bad_utf8_in_a_json_list(tmp_path):
@@ -312,7 +362,8 @@ def test_large_files_are_read_from_disk_and_changes_noticed(tmp_path, monkeypatc
     monkeypatch.setattr(sources, "IN_MEMORY", 10)
     for name in ("a.jsonl", "a.csv", "a.jsonl.gz"):
         loaded = dataset.load(KINDS[name](tmp_path / name))
-        assert [r.line for r in loaded.rows] == list(range(1, 10))
+        first = 2 if name == "a.csv" else 1  # below the header
+        assert [r.line for r in loaded.rows] == list(range(first, first + 9))
         assert loaded.rows[-1].prompt[0]["content"] == "What is 8?"
     loaded = dataset.load(KINDS["a.jsonl"](tmp_path / "b.jsonl"))
     kept = loaded.rows[3]

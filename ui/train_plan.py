@@ -133,6 +133,9 @@ def _exact_view(result: dict, remarks: str) -> str:
     data, memory = result["data"], result["memory"]
     if not result["steps"]:
         return '<div class="note note-bad" role="alert">No row of this data can be trained on. See the Data tab.</div>'
+    if result["problem"]:
+        why = html.escape(result["problem"])
+        return f'<div class="note note-bad" role="alert"><b>This cannot be trained here</b><br>{why}</div>'
     held = result.get("test_rows", 0)
     facts = {
         "Steps": f"{result['steps']:,}",

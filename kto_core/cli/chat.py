@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from kto_core.errors import KTOError
+from kto_core.errors import ConfigError, KTOError
 
 from . import output
 
@@ -27,30 +27,38 @@ def add(commands: argparse._SubParsersAction, argv: list[str]) -> None:
     chat.add_argument("--system", metavar="TEXT", default="", help="system prompt")
     chat.add_argument(
         "--temperature",
-        type=float,
+        type=output.number(float, 0, 2),
         default=0.7,
         metavar="X",
         help="0: always the likeliest token (default: %(default)s)",
     )
     chat.add_argument(
         "--top-p",
-        type=float,
+        type=output.number(float, 0.01, 1),
         default=0.9,
         metavar="X",
         help="draw from the likeliest tokens that make up this share (default: %(default)s)",
     )
     chat.add_argument(
         "--top-k",
-        type=int,
+        type=output.number(int, 0),
         default=50,
         metavar="N",
         help="draw from the N likeliest tokens; 0: all (default: %(default)s)",
     )
     chat.add_argument(
-        "--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: repeat less (default: %(default)s)"
+        "--repetition-penalty",
+        type=output.number(float, 0.5, 2),
+        default=1.0,
+        metavar="X",
+        help="above 1: repeat less (default: %(default)s)",
     )
     chat.add_argument(
-        "--max-new-tokens", type=int, default=512, metavar="N", help="longest answer (default: %(default)s)"
+        "--max-new-tokens",
+        type=output.number(int, 1),
+        default=512,
+        metavar="N",
+        help="longest answer (default: %(default)s)",
     )
     chat.add_argument("--seed", type=int, metavar="N", help="same seed, same answer")
     output.add_json(chat)
@@ -59,8 +67,7 @@ def add(commands: argparse._SubParsersAction, argv: list[str]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if args.json and args.prompt is None:
-        output.say("--json needs --prompt.")
-        return output.USAGE
+        raise ConfigError("--json needs --prompt.")
     chat = load(args)
     messages = [{"role": "system", "content": args.system}] if args.system else []
     try:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+
+from kto_core.errors import ConfigError
 
 from . import output
 
@@ -21,7 +24,12 @@ def add(commands: argparse._SubParsersAction, argv: list[str]) -> None:
     check.add_argument("file", metavar="FILE", help="JSONL, JSON, CSV or Parquet file, or the Hub id of a data set")
     check.add_argument("--split", default="train", help="split of a Hub data set (default: %(default)s)")
     check.add_argument("--model", metavar="M", help="count lengths in this model's tokens (Hub id, folder or 'demo')")
-    check.add_argument("--max-length", type=int, metavar="N", help="say which rows would be cut or dropped at N tokens")
+    check.add_argument(
+        "--max-length",
+        type=output.number(int, 16),
+        metavar="N",
+        help="with --model: say which rows would be cut or dropped at N tokens",
+    )
     output.add_json(check)
     check.set_defaults(run=run_check)
 
@@ -37,16 +45,21 @@ def add(commands: argparse._SubParsersAction, argv: list[str]) -> None:
         help="trl: prompt, completion, label; chatml: conversations, label",
     )
     convert.add_argument("--out", required=True, metavar="OUT", help="file to write (JSONL)")
+    output.add_json(convert)
     convert.set_defaults(run=run_convert)
 
 
 def run_check(args: argparse.Namespace) -> int:
     from kto_core import dataset
 
+    if args.max_length and args.model is None:
+        raise ConfigError("--max-length counts tokens: name the model whose tokens they are with --model.")
+    if args.split != "train" and Path(args.file).exists():
+        output.say(f"--split is for data sets of the Hub: {args.file} is read whole.")
     with output.Bar() as bar:
         loaded = dataset.load(args.file, args.split, progress=bar)
         tokenizer = None
-        if args.model:
+        if args.model is not None:
             from kto_core.model import load_tokenizer
 
             bar(None, "Reading the model's tokenizer…")
@@ -90,4 +103,6 @@ def run_convert(args: argparse.Namespace) -> int:
     output.say(f"{len(loaded.rows):,} rows written to {args.out}.")
     if lost := loaded.report.dropped:
         output.say("Left out: " + "; ".join(f"{count:,} {reason}" for reason, count in lost.items()) + ".")
+    if args.json:
+        output.emit({"out": args.out, "written": len(loaded.rows), "dropped": dict(lost)})
     return output.OK

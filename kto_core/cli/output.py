@@ -25,6 +25,19 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def number(kind: type, low: float, high: float | None = None):
+    """A type for argparse: an int or float from ``low`` to ``high``."""
+
+    def read(text: str):
+        value = kind(text)
+        if not (value >= low and (high is None or value <= high)):
+            raise argparse.ArgumentTypeError(f"{text}: must be {f'from {low} to {high}' if high else f'{low} or more'}")
+        return value
+
+    read.__name__ = kind.__name__  # argparse says "invalid int value"
+    return read
+
+
 def say(text: str) -> None:
     """A remark for the person at the terminal."""
     print(text, file=sys.stderr, flush=True)

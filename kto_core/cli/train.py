@@ -6,7 +6,7 @@ import argparse
 from collections import Counter
 from pathlib import Path
 
-from kto_core.errors import RunError
+from kto_core.errors import ConfigError, RunError
 
 from . import output
 
@@ -87,8 +87,7 @@ def run(args: argparse.Namespace) -> int:
     from kto_core import config
 
     if args.local_file and not Path(args.local_file).is_file():
-        output.say(f"--local-file: there is no file {args.local_file}.")
-        return output.USAGE
+        raise ConfigError(f"--local-file: there is no file {args.local_file}.")
     resolved = config.resolve(args.preset or args.model_size, overrides(args))
     if args.dry_run:
         return dry_run(resolved, args)
@@ -101,7 +100,7 @@ def dry_run(resolved, args: argparse.Namespace) -> int:
     with output.Bar() as bar:
         found = dry_run(resolved.config, bar)
     output.emit(found) if args.json else output.show(describe(found, resolved.origins))
-    if problem := _problem(found["data"]):
+    if problem := _problem(found["data"]) or found["problem"]:
         output.say(problem)
         return output.FAILED
     return output.OK
@@ -142,8 +141,7 @@ def start(resolved, args: argparse.Namespace) -> int:
 
     r = _existing(resolved.config.output_dir, args)
     if r is None and not resolved.config.data:
-        output.say("Name the data: --data FILE, or the Hub id of a data set.")
-        return output.USAGE
+        raise ConfigError("Name the data: --data FILE, or the Hub id of a data set.")
     with Interrupts() as interrupts:
         if r is None:
             r = runs.create(resolved)
@@ -153,7 +151,17 @@ def start(resolved, args: argparse.Namespace) -> int:
             output.say(f"Run {r.id}: {resolved.config.model}. Folder: {r.path}")
             runs.start(r, queue=args.queue)
         else:
-            _say_unused(r, args)
+            names = _unused(r, args)
+            if not resolved.config.output_dir and {"data", "model"} & set(names):
+                own = r.config().config
+                raise RunError(
+                    f"The newest run that can go on, {r.id}, was made with {own.model} and {own.data}. To go on with "
+                    f"it: runs resume {r.id}. To start anew, leave --resume out."
+                )
+            if names:
+                output.say(
+                    f"Not used, the run goes on with its own settings: {', '.join(names)}. (--no-resume starts anew.)"
+                )
             output.say(f"Run {r.id}: going on from {r.checkpoints()[-1].name}.")
             runs.resume(r, queue=args.queue)
         if r.config().config.worker == "process":
@@ -193,13 +201,11 @@ def _existing(output_dir: str, args: argparse.Namespace):
     return found
 
 
-def _say_unused(run, args: argparse.Namespace) -> None:
-    """A run goes on with its own settings: name the flags that differ from them."""
+def _unused(run, args: argparse.Namespace) -> list[str]:
+    """A run goes on with its own settings: the fields given by flags that differ from them."""
     from kto_core import config
 
     own = run.config().config
     given = config.resolve(args.preset or args.model_size or own.preset, overrides(args)).config
     names = [n for n in overrides(args) if n != "output_dir" and getattr(given, n) != getattr(own, n)]
-    names = [n for n in names if n != "data" or Path(given.data).resolve() != Path(own.data)]
-    if names:
-        output.say(f"Not used, the run goes on with its own settings: {', '.join(names)}. (--no-resume starts anew.)")
+    return [n for n in names if n != "data" or Path(given.data).resolve() != Path(own.data)]
