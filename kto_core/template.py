@@ -45,12 +45,15 @@ class Encoded:
         fate: "ok"; "truncated": the prompt was cut from the left; "too_long": the completion alone does not fit
             (nothing was cut; do not train on it).
         length: tokens of prompt and completion before cutting.
+        whole_prompt: the prompt before it was cut, None if it was not: how much is cut depends on the completion, so
+            only this tells whether two rows have the same prompt.
     """
 
     prompt_ids: list[int]
     completion_ids: list[int]
     fate: str
     length: int
+    whole_prompt: list[int] | None = None
 
 
 def render(row: Row, tokenizer) -> Rendered:
@@ -127,7 +130,7 @@ def _fit(prompt: list[int], completion: list[int], max_length: int | None, bos: 
     cut = prompt[-keep:]
     if keep > 1 and bos is not None and prompt[0] == bos and bos not in prompt[1:]:
         cut = [bos, *cut[1:]]  # a real BOS, not ChatML's <|im_start|>, stays at the head
-    return Encoded(cut, completion, "truncated", length)
+    return Encoded(cut, completion, "truncated", length, prompt)
 
 
 def _frame(tokenizer) -> _Frame:

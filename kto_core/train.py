@@ -13,6 +13,7 @@ import shutil
 import time
 import traceback
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -234,12 +235,13 @@ def _build(config, run_dir, data: Planned, tokenizer, events, watch, progress, c
 
     progress(None, "Building the trainer…")
     kl, batch = config.loss_type != "apo_zero_unpaired", config.per_device_train_batch_size
+    encoded = partial(trainers.encoded_dataset, batch=batch, kl=kl, keys=engine == "packed")
     with _clear_errors(config):
         return trainers.studio_class(base_class)(
             model=model,
             args=args,
-            train_dataset=trainers.encoded_dataset(data.train, data.labels, batch, kl=kl),
-            eval_dataset=trainers.encoded_dataset(data.test, data.test_labels, batch, kl=kl) if data.test else None,
+            train_dataset=encoded(data.train, data.labels),
+            eval_dataset=encoded(data.test, data.test_labels) if data.test else None,
             processing_class=tokenizer,
             studio={
                 "watch": watch,

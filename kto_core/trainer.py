@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 METERS = "meters.json"  # in a checkpoint: metrics gathered since the last log
 
 
-def encoded_dataset(encoded: list, labels: list[bool], batch: int, *, kl: bool):
+def encoded_dataset(encoded: list, labels: list[bool], batch: int, *, kl: bool, keys: bool = False):
     """datasets.Dataset with TRL's columns from `template.Encoded` rows, in the given order.
 
     Args:
@@ -39,14 +39,19 @@ def encoded_dataset(encoded: list, labels: list[bool], batch: int, *, kl: bool):
             the same micro-batch, which is TRL's pairing; a micro-batch of one row takes the row's before it, where TRL
             would take the row's own (a KL equal to its reward: no signal).
         kl: False for losses without a KL term.
+        keys: with ``prompt_key``, by which the packed engine knows rows of the same prompt although it was cut.
     """
     from datasets import Dataset
+
+    from .engine.plan import Ragged
 
     columns = {
         "prompt_ids": [list(e.prompt_ids) for e in encoded],
         "completion_ids": [list(e.completion_ids) for e in encoded],
         "label": [bool(label) for label in labels],
     }
+    if keys:
+        columns["prompt_key"] = Ragged.of([e.whole_prompt or e.prompt_ids for e in encoded]).keys()
     if kl:
         columns["KL_completion_ids"] = [list(encoded[i].completion_ids) for i in kl_partners(len(encoded), batch)]
     return Dataset.from_dict(columns)

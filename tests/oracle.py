@@ -119,7 +119,7 @@ def base_model(architecture="llama", **extra):
 
 
 def lora(**extra):
-    return LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", **extra)
+    return LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | extra)
 
 
 def tuned_model(architecture="llama", dtype=torch.float64):

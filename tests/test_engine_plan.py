@@ -131,3 +131,26 @@ def test_processes_share_a_group_and_planned_pairs_cover_the_steps():
                 assert (r, r) in pairs and (r, partner) in pairs
     last = planner.epoch(1).group(3)
     assert not all((r, partner) in pairs for r, partner in zip(*last, strict=True))
+
+
+def test_a_prompt_that_was_cut_is_still_the_same_prompt(demo_model):
+    """How much of a prompt is cut depends on the answer: the ids that are left differ, the prompt does not."""
+    from kto_core.model import load_tokenizer
+    from kto_core.rows import parse
+    from kto_core.template import encode_rows
+    from kto_core.trainer import encoded_dataset
+
+    rows = [
+        parse({"prompt": f"{p} " * 60, "completion": "so " * (1 + 2 * a), "label": a % 2}, 1)[0][0]
+        for p in ("alpha", "beta", "gamma", "delta")
+        for a in range(4)
+    ]
+    encoded = encode_rows(rows, load_tokenizer(str(demo_model)), 48)
+    assert {e.fate for e in encoded} == {"truncated"}
+    assert len({tuple(e.prompt_ids) for e in encoded}) > 4
+    found = TokenRows.from_dataset(encoded_dataset(encoded, [r.label for r in rows], 4, kl=True, keys=True))
+    planner = Planner(found, 8, seed=0, micro_batch=None, kl=True)
+    for epoch in range(5):
+        plan = planner.epoch(epoch)
+        on_prompt = sum(a // 4 == b // 4 for a, b in zip(plan.rows, plan.partner, strict=True))
+        assert on_prompt == plan.same_prompt == 0

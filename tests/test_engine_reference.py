@@ -50,6 +50,22 @@ def test_the_key_changes_with_weights_adapter_and_dtype():
     assert len(keys) == 6
 
 
+def test_the_key_changes_with_what_the_adapter_is_multiplied_with():
+    keys = set()
+    for extra in ({"lora_alpha": 8}, {"lora_alpha": 64}, {"lora_alpha": 8, "use_rslora": True}):
+        model = adapted(**extra)
+        oracle.fill_adapter(model, 1)
+        keys.add(key_of(model))
+    assert len(keys) == 3
+
+
+def test_the_key_changes_with_the_numbers_of_the_configuration():
+    same, other = adapted(), adapted()
+    same.config.use_cache, same.config.eos_token_id = False, 3  # nothing that a log-prob depends on
+    other.config.rms_norm_eps = 1e-3
+    assert key_of(same) == key_of(adapted()) != key_of(other)
+
+
 def test_the_key_changes_with_quantization(tmp_path):
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 

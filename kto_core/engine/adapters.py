@@ -62,7 +62,10 @@ class Reference:
     def __init__(self, model):
         self.model = model
         state = {name: p.detach() for name, p in trainable(model).items()}
-        self.key = adapter_key(state)
+        scaling = {
+            n: dict(m.scaling) for n, m in model.named_modules() if isinstance(getattr(m, "scaling", None), dict)
+        }
+        self.key = adapter_key(state, scaling)
         self.copy = {name: t.to("cpu", copy=True) for name, t in state.items()} if self.key else None
 
     @contextlib.contextmanager

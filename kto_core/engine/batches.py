@@ -20,7 +20,10 @@ class Planner:
 
     def __init__(self, rows: TokenRows, group_size: int, seed: int, micro_batch: int | None, kl: bool):
         self.rows, self.group_size, self.seed, self.micro_batch, self.kl = rows, group_size, seed, micro_batch, kl
-        self._keys = (rows.prompt.keys(), rows.completion.keys()) if kl and micro_batch is None else (None, None)
+        self._keys = (None, None)
+        if kl and micro_batch is None:
+            prompts = rows.prompt.keys() if rows.prompt_keys is None else rows.prompt_keys
+            self._keys = (prompts, rows.completion.keys())
         self.epoch = functools.lru_cache(maxsize=2)(self._plan)
 
     def _plan(self, epoch: int) -> EpochPlan:

@@ -47,18 +47,23 @@ class Ragged:
 
 @dataclass(frozen=True)
 class TokenRows:
-    """A data set as token ids: ``prompt`` and ``completion`` (Ragged) and ``labels`` (bool ``[n]``)."""
+    """A data set as token ids: ``prompt`` and ``completion`` (Ragged) and ``labels`` (bool ``[n]``).
+
+    ``prompt_keys``: uint64 ``[n]``, equal for rows that had the same prompt before any was cut; None: by their ids.
+    """
 
     prompt: Ragged
     completion: Ragged
     labels: np.ndarray
+    prompt_keys: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @classmethod
     def from_dataset(cls, dataset) -> TokenRows:
-        """From a datasets.Dataset with the columns ``prompt_ids``, ``completion_ids`` (lists of int) and ``label``.
+        """From a datasets.Dataset with the columns ``prompt_ids``, ``completion_ids`` (lists of int) and ``label``, and
+        perhaps ``prompt_key`` (see ``prompt_keys``).
 
         Raises:
             DataError: a column is missing, or a row has no prompt token or no completion token.
@@ -86,7 +91,8 @@ class TokenRows:
             ends = np.cumsum(np.concatenate(lengths[name]), dtype=np.int64)
             return Ragged(np.concatenate(parts[name]), np.concatenate([[0], ends]))
 
-        rows = cls(ragged("prompt_ids"), ragged("completion_ids"), np.concatenate(labels or [np.zeros(0, bool)]))
+        keys = np.asarray(dataset["prompt_key"], np.uint64) if "prompt_key" in dataset.column_names else None
+        rows = cls(ragged("prompt_ids"), ragged("completion_ids"), np.concatenate(labels or [np.zeros(0, bool)]), keys)
         for what, column in (("prompt", rows.prompt), ("completion", rows.completion)):
             if len(empty := np.flatnonzero(column.lengths == 0)):
                 raise DataError(

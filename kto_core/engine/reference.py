@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import logging
 import math
 import sqlite3
@@ -25,6 +26,10 @@ from ..jobs import Progress, check_cancel, no_progress
 logger = logging.getLogger(__name__)
 FORMAT = b"kto-reference-1"
 LOOKUP = 500  # keys of one query
+NO_NUMBERS = {
+    "architectures", "attn_implementation", "output_attentions", "output_hidden_states", "quantization_config",
+    "return_dict", "transformers_version", "use_cache",
+}  # fmt: skip
 
 
 def folder(cache_dir: Path | None = None) -> Path:
@@ -120,25 +125,37 @@ def row_key(scorer: bytes, prompt: np.ndarray, completion: np.ndarray) -> bytes:
 
 
 def scorer_key(model, adapter: bytes, scoring_dtype: str) -> bytes:
-    """Hash of the frozen model: every weight outside the adapters, quantization state included.
+    """Hash of the frozen model: every weight outside the adapters, quantization state included, and the configuration's
+    numbers that the forward pass computes with (windows, soft caps, RoPE's scaling, …).
 
     Args:
         adapter: hash of the reference adapter (`adapter_key`), b"" for none. scoring_dtype: e.g. "bfloat16".
     """
     h = hashlib.blake2b(FORMAT + adapter + scoring_dtype.encode(), digest_size=16)
+    h.update(json.dumps(_numbers(model.config.get_text_config()), sort_keys=True, default=str).encode())
     for name, tensor in _frozen(model):
         h.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         h.update(checksum(tensor))
     return h.digest()
 
 
-def adapter_key(state: dict) -> bytes:
-    """Hash of adapter tensors and what they are multiplied with; b"" for an adapter that changes nothing (B = 0)."""
+def _numbers(config) -> dict:
+    """What of a model's configuration its forward pass may depend on: all but names, versions and token ids."""
+    return {
+        key: value
+        for key, value in config.to_dict().items()
+        if not key.startswith("_") and not key.endswith(("_token_id", "dtype")) and key not in NO_NUMBERS
+    }
+
+
+def adapter_key(state: dict, scaling: dict) -> bytes:
+    """Hash of adapter tensors and ``scaling``, what they are multiplied with; b"" for an adapter that changes nothing
+    (B = 0)."""
     b = [t for name, t in state.items() if "lora_B" in name or "lora_embedding_B" in name]
     others = [name for name in state if "lora_A" not in name and "lora_B" not in name and "lora_embedding" not in name]
     if b and not others and not any(t.any() for t in b):
         return b""
-    h = hashlib.blake2b(digest_size=16)
+    h = hashlib.blake2b(repr(sorted(scaling.items())).encode(), digest_size=16)
     for name in sorted(state):
         h.update(f"{name} {tuple(state[name].shape)} {state[name].dtype}".encode())
         h.update(checksum(state[name]))
