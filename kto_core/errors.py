@@ -4,6 +4,7 @@ KTOError
  ├─ DataError        a file, a row or a data set cannot be used
  ├─ ConfigError      one or more fields of a RunConfig are wrong (`problems` has them all)
  ├─ ModelError       a model cannot be found, read or trained
+ │   └─ NotServed    by the packed engine, that is; TRL's trainer may
  ├─ HardwareError    no GPU, not enough memory
  ├─ BusyError        the GPU, or a run, is in use by somebody else
  ├─ RunError         a run folder cannot be created, found, stopped or resumed
@@ -40,6 +41,10 @@ class ConfigError(KTOError):
 
 class ModelError(KTOError):
     pass
+
+
+class NotServed(ModelError):
+    """The packed engine cannot train this architecture; TRL's trainer may."""
 
 
 class HardwareError(KTOError):

@@ -193,7 +193,7 @@ class Engine:
                     hidden = self.forward(t.ids, t.positions, run)
                     run.close()
                     if branches is not None:
-                        values = self._branch_logps(branches, hidden, store)
+                        values = self.branch_logps(branches, hidden, store)
                         z0 = self._z0(values, group.ref_kl[self._tensor(np.array(numbers))], reduce)
                         del store
                     sums = self._sums(hidden, t.scores, stats=True)
@@ -213,7 +213,7 @@ class Engine:
         return Result(loss, z0, *totals, lengths, tokens, packed, len(passes))
 
     @torch.no_grad()
-    def _branch_logps(self, branches: tree.Branches, hidden, store) -> torch.Tensor:
+    def branch_logps(self, branches: tree.Branches, hidden, store) -> torch.Tensor:
         """Sequence log-probs of the y' below the prompts of a pass whose K/V were kept."""
         states = hidden.detach()[self._tensor(branches.carry)]
         if branches.segments is not None:
