@@ -143,10 +143,26 @@ def load_base(
         for module in model.modules():
             if getattr(module, "compute_dtype", None) == torch.bfloat16:
                 module.compute_dtype = dtype
+    if for_training:
+        keep_weights_trainable(model)
     model.config.use_cache = not for_training
     model.config._name_or_path = model.name_or_path = public_name(config.model)
     model.train(for_training)
     return model
+
+
+def keep_weights_trainable(model) -> None:
+    """bitsandbytes repacks 4-bit weights on some CPUs at the first pass in eval mode, and the repacked ones pass no
+    gradient on. Undo it and prevent it."""
+    for module in model.modules():
+        if not hasattr(module, "support_avx512bf16_for_cpu"):
+            continue
+        module.support_avx512bf16_for_cpu = False
+        weight = module.weight
+        if getattr(weight.quant_state, "packing_format_for_cpu", False):
+            from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as unpack
+
+            weight.data, weight.quant_state = unpack(weight.data, weight.quant_state)
 
 
 def load_whole(kind, folder: Path, **kwargs):

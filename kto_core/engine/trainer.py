@@ -23,8 +23,9 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from ..errors import DataError, HardwareError, ModelError
 from ..jobs import Progress, no_progress
+from ..model import keep_weights_trainable
 from . import memory
-from .adapters import Reference, check_adapter, keep_weights_trainable, trainable
+from .adapters import Reference, check_adapter, trainable
 from .batches import GroupLoader, Planner, longest, planned_pairs
 from .metrics import record
 from .plan import TokenRows
