@@ -15,12 +15,14 @@ SCORING = (2048, 16384)  # most tokens of a pass without gradients: enough to ke
 MEASURED = (64, 192)  # tokens of the measured passes
 
 
-def sample_groups(planner, count: int = 32) -> list[int]:
-    """What some optimizer batches of the first epoch count in a token budget."""
+def sample_groups(planner, rank: int = 0, world: int = 1, count: int = 32) -> list[int]:
+    """What a process's part of some optimizer batches of the first epoch counts in a token budget."""
     plan, rows = planner.epoch(0), planner.rows
     sizes = []
     for g in np.unique(np.linspace(0, len(plan) - 1, min(count, len(plan))).astype(int)):
-        own, other = plan.group(int(g))
+        own, other = (rows[rank::world] for rows in plan.group(int(g)))
+        if not len(own):  # fewer rows than processes
+            continue
         y = sum(y_tokens(len(rows.completion[i])) for i in other) if planner.kl else 0
         sizes.append(packed_tokens(rows.prompt, rows.completion, own) + y)
     return sizes

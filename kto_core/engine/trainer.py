@@ -162,7 +162,7 @@ class PackedKTOTrainer(KTOTrainer):
     def _limits(self, token_budget, checkpoint_layers) -> None:
         row = longest(self.rows)
         if token_budget is None or checkpoint_layers is None:
-            sample = memory.sample_groups(self.planner)
+            sample = memory.sample_groups(self.planner, self.accelerator.process_index, self.accelerator.num_processes)
             moments = 2.1 if "8bit" in str(self.args.optim) else 8
             budget, layers = memory.limits(self.engine, sample, self._autocast, checkpoint_layers, row, moments=moments)
             self.engine.token_budget = token_budget or budget
