@@ -222,7 +222,8 @@ class Engine:
         return self._sums(states, branches.scores)[0]
 
     def _z0(self, logps, ref_logps, reduce) -> torch.Tensor:
-        difference = (logps - ref_logps.to(logps.dtype)).detach()
+        # fp64 whether the batch took one pass or several: processes that add up must agree on the format
+        difference = (logps - ref_logps.to(logps.dtype)).detach().double()
         total = torch.stack([difference.sum(), torch.full_like(difference.sum(), len(difference))])
         if reduce is not None:
             total = reduce(total)

@@ -301,7 +301,9 @@ class PackedKTOTrainer(KTOTrainer):
         """Take part in z0 with no rows, so that the other processes do not wait."""
         if not self.calculate_KL:
             return 0.0
-        total = self.accelerator.reduce(torch.zeros(2, device=self.engine.device), reduction="sum").tolist()
+        total = self.accelerator.reduce(
+            torch.zeros(2, dtype=torch.float64, device=self.engine.device), reduction="sum"
+        ).tolist()
         return max(0.0, total[0] / total[1])
 
     def _reduce_gradients(self) -> None:
@@ -331,7 +333,7 @@ class PackedKTOTrainer(KTOTrainer):
         known = self._planned_eval.get(name)
         if known is None or known[2] is not dataset:
             rows = TokenRows.from_dataset(dataset)
-            size = max(2, self.args.per_device_train_batch_size)
+            size = max(2, self.args.per_device_train_batch_size * self.accelerator.num_processes)
             planner = Planner(rows, size, self.args.seed, None, self.calculate_KL)
             scores = self._scores(rows)
             scores.prepare(planned_pairs(planner, len(planner.epoch(0))), self._progress, self._cancel)
