@@ -5,6 +5,7 @@ Also the door to `memory_plan` (what a run needs) and `gpu_owner` (who uses the 
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 
@@ -111,6 +112,18 @@ def keep_to_limit() -> None:
     index = int(os.environ.get("LOCAL_RANK", 0))
     total = torch.cuda.get_device_properties(index).total_memory / GIB
     torch.cuda.set_per_process_memory_fraction(min(1.0, (limit - CONTEXT_GIB) / total), index)
+
+
+def allowed(device) -> float:
+    """Bytes that torch may hold on a GPU (a torch.device), what it holds now included: within the limit, and within
+    what others leave."""
+    import torch
+
+    free, total = torch.cuda.mem_get_info(device)
+    most = free + torch.cuda.memory_reserved(device)
+    with contextlib.suppress(AttributeError, RuntimeError):
+        most = min(most, torch.cuda.get_per_process_memory_fraction(device) * total)
+    return most
 
 
 def _ours(pynvml, handle) -> int:

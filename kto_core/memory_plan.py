@@ -362,9 +362,26 @@ def _advice(c: RunConfig, lengths: Sequence[int], packed, gpu: Device, now: _Fit
             _, text, found = min(pool, key=lambda o: o[0])
             still = ", which is still tight" if level == "tight" else ""
             return f"{text}: {found.total:.1f} of {found.available:.1f} GiB would be needed{still}."
-    if (name := SMALLER.get(c.preset)) is not None:
-        return f"No single setting is enough. Take preset {name}, a smaller model."
-    return "No single setting is enough. Take a smaller model."
+    return f"No single setting is enough. {_smaller(c)}."
+
+
+def helps_most(c: RunConfig, lengths: Sequence[int]) -> str:
+    """The change that saves most where the memory ran out although everything is cut as small as it can be; without
+    its full stop."""
+    k = Coefficients()
+
+    def least(changed: RunConfig) -> float:
+        found = _fit(changed, _shape(changed), [min(n, changed.max_length) for n in lengths], None, 0.0, k, gpu=True)
+        return found.total if found.least is None else found.least
+
+    options = [(least(c.model_copy(update=update)), text) for text, update in _changes(c, lengths)]
+    need, text = min(options, default=(math.inf, ""))
+    return text if need < least(c) else _smaller(c)
+
+
+def _smaller(c: RunConfig) -> str:
+    name = SMALLER.get(c.preset)
+    return f"Take preset {name}, a smaller model" if name else "Take a smaller model"
 
 
 def _shape(c: RunConfig) -> Shape:
