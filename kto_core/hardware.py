@@ -5,6 +5,7 @@ Also the door to `memory_plan` (what a run needs) and `gpu_owner` (who uses the 
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from .errors import HardwareError
 
 GIB = 2**30
 LIMIT = "KTO_STUDIO_GPU_GIB"  # of every GPU, at most that much memory is planned with and taken
+CONTEXT_GIB = 0.7  # CUDA's context, which lies beside what torch allocates; measured (`benchmarks/RESULTS.md`)
 
 
 @dataclass(frozen=True)
@@ -94,14 +96,34 @@ def _limit() -> float:
 
 
 def keep_to_limit() -> None:
-    """Hold this process to the memory of each GPU that the user allows; called before a model is loaded."""
+    """Hold this process to what the user allows of its GPU's memory, CUDA's context included.
+
+    Called before a model is loaded. Other GPUs are not touched: each would get a context of this process.
+
+    Raises:
+        HardwareError: the limit is no number, or leaves nothing beside the context.
+    """
     import torch
 
     if (limit := _limit()) == float("inf") or not torch.cuda.is_available():
         return
-    for index in range(torch.cuda.device_count()):
-        total = torch.cuda.get_device_properties(index).total_memory / GIB
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), index)
+    if limit <= CONTEXT_GIB:
+        raise HardwareError(f"{LIMIT} must be more than the {CONTEXT_GIB} GiB that CUDA takes for itself. Raise it.")
+    index = int(os.environ.get("LOCAL_RANK", 0))
+    total = torch.cuda.get_device_properties(index).total_memory / GIB
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (limit - CONTEXT_GIB) / total), index)
+
+
+def allowed(device) -> float:
+    """Bytes that torch may hold on a GPU (a torch.device), what it holds now included: within the limit, and within
+    what others leave."""
+    import torch
+
+    free, total = torch.cuda.mem_get_info(device)
+    most = free + torch.cuda.memory_reserved(device)
+    with contextlib.suppress(AttributeError, RuntimeError):
+        most = min(most, torch.cuda.get_per_process_memory_fraction(device) * total)
+    return most
 
 
 def _ours(pynvml, handle) -> int:

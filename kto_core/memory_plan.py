@@ -7,6 +7,7 @@ checkpoint and how many tokens to pack into one pass. Knows nothing of torch. Al
 from __future__ import annotations
 
 import math
+import os
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -44,8 +45,8 @@ class Coefficients:
     ``torch.autograd.graph.saved_tensors_hooks`` over Llama layers of six sizes. The frozen weights' own format does
     not change them. ``packed`` is the same of the packed engine's lean layers (`engine.lean`), by model type, since
     they do not replace everything in every architecture; the rank adds nothing there. The rest follows from
-    formats, except ``context``, ``working`` and ``slack``: assumptions, to be measured on a card, for the CUDA context,
-    the temporaries of one layer's backward, and fragmentation. ``process`` and ``slack_cpu`` come from the demo model's
+    formats, except ``working`` and ``slack``: assumptions, to be measured on a card, for the temporaries of one layer's
+    backward and fragmentation. ``process`` and ``slack_cpu`` come from the demo model's
     peak resident memory with TRL's step, 4 rows of up to 294 tokens: 4.36 GiB, of which the plan counts 4.2.
     """
 
@@ -73,7 +74,7 @@ class Coefficients:
     ddp: float = 4.0  # buckets of the gradients' exchange
     logits: float = 10.0  # 16-bit and float32 logits, float32 gradient; per token of a chunk and vocabulary entry
     chunk_tokens: int = 1024
-    context: float = 0.6 * GIB
+    context: float = hardware.CONTEXT_GIB * GIB
     process: float = 1.3 * GIB  # main memory of Python with its libraries, on a CPU
     slack: float = 0.06  # of everything that comes and goes
     slack_cpu: float = 0.3  # the same in main memory, whose allocator keeps what was freed
@@ -114,10 +115,14 @@ def plan(
     Args:
         lengths: tokens of each row, prompt and completion; empty: every row is ``max_length`` long.
         packed: what the batches of these rows pack into (`engine.sample`); without it no prefix counts as shared.
-        device: the GPU to plan for; default the one of this machine with the least room among ``num_gpus``.
+        device: the GPU to plan for; default the one of this machine with the least room among ``num_gpus``, and in a
+            process of several GPUs its own.
     """
     k = coefficients or Coefficients()
     gpus = [device] if device else hardware.devices()
+    rank = os.environ.get("LOCAL_RANK", "")
+    if device is None and rank.isdigit() and int(rank) < len(gpus):
+        gpus = [device := gpus[int(rank)]]  # its own card: on a neighbour's, the neighbour's model would be "others"
     shape = _shape(config)
     lengths = [min(n, config.max_length) for n in lengths] or [config.max_length]
     if not gpus:
@@ -204,23 +209,30 @@ def _batches(lengths: Sequence[int], packed: Sample | None, rows: int, most: int
     return [math.ceil(share * sum(shuffled[a : a + rows])) for a in starts]
 
 
+def _packed_layer(c, s: Shape, k: Coefficients, gpu: bool) -> float:
+    """Bytes that the packed engine keeps of a token in one layer that is not computed again."""
+    wide, _ = _number(c, gpu)
+    saved = k.packed.get(s.architecture, k.packed[""])
+    widths = saved.hidden[wide] * s.hidden + saved.kv[wide] * s.kv_width + saved.ffn[wide] * s.intermediate
+    return widths + saved.other[wide]
+
+
 def _tree(c, s: Shape, tokens: int, checkpoint: int, k: Coefficients, gpu: bool, *, store: bool) -> dict[str, float]:
     """Bytes of a pass as the packed engine counts them when it chooses: everything at once."""
-    wide, number = _number(c, gpu)
-    saved = k.packed.get(s.architecture, k.packed[""])
-    layer = saved.hidden[wide] * s.hidden + saved.kv[wide] * s.kv_width + saved.ffn[wide] * s.intermediate
-    layer += saved.other[wide]
+    _, number = _number(c, gpu)
+    layer = _packed_layer(c, s, k, gpu)
     kept = (s.layers - checkpoint) * layer + checkpoint * s.hidden * number + (layer if checkpoint else 0)
     passing = passes.working(s.hidden, s.intermediate, number) + 3 * number * s.hidden
     return {
         "activations": tokens * (kept + passing),
         "K/V store": tokens * s.layers * s.kv_width * number if store else 0,
-        "logits": min(tokens, k.chunk_tokens) * s.vocabulary * k.logits,
+        "logits": min(tokens, passes.chunk_tokens(s.vocabulary, "cuda" if gpu else "cpu")) * s.vocabulary * k.logits,
     }
 
 
 def _peak(c, s: Shape, tokens: int, checkpoint: int, k: Coefficients, gpu: bool, *, store: bool) -> dict[str, float]:
-    """Bytes at the peak of a pass: the K/V store is gone when the backward begins, which needs less than is reserved.
+    """Bytes at the peak of a pass: K/V store and logits are gone when the backward begins, which needs less than is
+    reserved; a layer's second computation and its gradients have not begun while answers are scored.
 
     Measured (`benchmarks/RESULTS.md`): 10,258 tokens of a 7B took 10.6 GiB with all 32 layers computed again, 16.1 with
     27 of them.
@@ -229,8 +241,10 @@ def _peak(c, s: Shape, tokens: int, checkpoint: int, k: Coefficients, gpu: bool,
     counted = _tree(c, s, tokens, checkpoint, k, gpu, store=store)
     spared = tokens * number * (2 * s.intermediate + 2 * s.hidden)
     backward = counted["activations"] - spared
-    scoring = counted["activations"] + counted["K/V store"] - tokens * passes.working(s.hidden, s.intermediate, number)
-    return {**counted, "activations": backward, "K/V store": max(0.0, scoring - backward)}
+    later = passes.working(s.hidden, s.intermediate, number) + (_packed_layer(c, s, k, gpu) if checkpoint else 0)
+    more = counted["activations"] - tokens * later + counted["K/V store"] + counted["logits"] - backward
+    logits = min(counted["logits"], max(0.0, more))
+    return {"activations": backward, "K/V store": max(0.0, more - logits), "logits": logits}
 
 
 def _padded(c: RunConfig, s: Shape, tokens: int, checkpoint: int, k: Coefficients, gpu: bool) -> dict[str, float]:
@@ -263,18 +277,25 @@ def _parts(c: RunConfig, s: Shape, moving: dict[str, float], k: Coefficients, gp
     four_bits = c.load_in_4bit or s.quantized
     linear = (k.nf4 if c.bnb_4bit_use_double_quant else k.plain4) if four_bits else number
     adapters = s.lora_parameters(c.target_modules, c.r)
-    largest = max(a * b for a, b in s.linears.values()) * (max(1, s.experts) if s.experts else 1)
     bytes_ = {
         "weights": s.linear_parameters * linear + s.other_parameters * number,
         "adapters": adapters * (k.adapter + (k.ddp if c.num_gpus > 1 else 0)),
         "optimizer": adapters * (k.adam8 if "8bit" in c.optim else k.adam32),
         **moving,
-        "dequantized layer": 2 * largest * number if four_bits else 0,
+        "dequantized layer": 2 * _largest(s) * number if four_bits else 0,
         "CUDA context" if gpu else "program": k.context if gpu else k.process,
     }
     come_and_go = sum(moving.values()) + bytes_["dequantized layer"]
     bytes_["fragmentation"] = (k.slack if gpu else k.slack_cpu) * come_and_go
     return {name: b / GIB for name, b in bytes_.items()}
+
+
+def _largest(s: Shape) -> int:
+    """Parameters of the largest linear layer. Experts are layers of their own, one of which is computed at a time."""
+    sizes = [a * b for a, b in s.linears.values()]
+    if s.architecture == "gpt_oss":  # an expert's gate and up are one layer
+        sizes.append(2 * s.hidden * s.intermediate)
+    return max(sizes)
 
 
 def _engine(c: RunConfig, s: Shape) -> str:
@@ -341,9 +362,26 @@ def _advice(c: RunConfig, lengths: Sequence[int], packed, gpu: Device, now: _Fit
             _, text, found = min(pool, key=lambda o: o[0])
             still = ", which is still tight" if level == "tight" else ""
             return f"{text}: {found.total:.1f} of {found.available:.1f} GiB would be needed{still}."
-    if (name := SMALLER.get(c.preset)) is not None:
-        return f"No single setting is enough. Take preset {name}, a smaller model."
-    return "No single setting is enough. Take a smaller model."
+    return f"No single setting is enough. {_smaller(c)}."
+
+
+def helps_most(c: RunConfig, lengths: Sequence[int]) -> str:
+    """The change that saves most where the memory ran out although everything is cut as small as it can be; without
+    its full stop."""
+    k = Coefficients()
+
+    def least(changed: RunConfig) -> float:
+        found = _fit(changed, _shape(changed), [min(n, changed.max_length) for n in lengths], None, 0.0, k, gpu=True)
+        return found.total if found.least is None else found.least
+
+    options = [(least(c.model_copy(update=update)), text) for text, update in _changes(c, lengths)]
+    need, text = min(options, default=(math.inf, ""))
+    return text if need < least(c) else _smaller(c)
+
+
+def _smaller(c: RunConfig) -> str:
+    name = SMALLER.get(c.preset)
+    return f"Take preset {name}, a smaller model" if name else "Take a smaller model"
 
 
 def _shape(c: RunConfig) -> Shape:

@@ -15,6 +15,7 @@ from .jobs import Progress, no_progress
 from .libraries import transformers_ready
 from .model_files import cached_folder, require_adapter
 from .model_info import local_folder, model_facts, public_name, resolve_model
+from .out_of_memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from .config import RunConfig
@@ -126,12 +127,12 @@ def load_base(
     transformers_logging.disable_progress_bar()
     try:
         model = load_whole(AutoModelForCausalLM, folder, **kwargs)
-    except torch.cuda.OutOfMemoryError as e:
-        raise HardwareError(
-            f"{config.model} does not fit into the GPU's free memory. Unload the chat model, close what else uses the "
-            "card, or choose a smaller preset."
-        ) from e
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as e:
+        if is_out_of_memory(e):
+            raise HardwareError(
+                f"{config.model} does not fit into the GPU's free memory. Unload the chat model, close what else uses "
+                "the card, or choose a smaller preset."
+            ) from e
         raise ModelError(f"{config.model} cannot be loaded: {_first_line(e)}") from e
     except Exception as e:  # safetensors_rust.SafetensorError derives from Exception only
         if "afetensor" not in type(e).__name__:
@@ -143,10 +144,26 @@ def load_base(
         for module in model.modules():
             if getattr(module, "compute_dtype", None) == torch.bfloat16:
                 module.compute_dtype = dtype
+    if for_training:
+        keep_weights_trainable(model)
     model.config.use_cache = not for_training
     model.config._name_or_path = model.name_or_path = public_name(config.model)
     model.train(for_training)
     return model
+
+
+def keep_weights_trainable(model) -> None:
+    """bitsandbytes repacks 4-bit weights on some CPUs at the first pass in eval mode, and the repacked ones pass no
+    gradient on. Undo it and prevent it."""
+    for module in model.modules():
+        if not hasattr(module, "support_avx512bf16_for_cpu"):
+            continue
+        module.support_avx512bf16_for_cpu = False
+        weight = module.weight
+        if getattr(weight.quant_state, "packing_format_for_cpu", False):
+            from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as unpack
+
+            weight.data, weight.quant_state = unpack(weight.data, weight.quant_state)
 
 
 def load_whole(kind, folder: Path, **kwargs):

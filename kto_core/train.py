@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import alive, checkpoints, model_info
+from . import alive, checkpoints, memory_plan, model_info, out_of_memory
 from .dry_run import dry_run  # noqa: F401 - a door of this module
 from .errors import Cancelled, ConfigError, DataError, HardwareError, KTOError
 from .events import EventLog, read
@@ -103,14 +103,8 @@ def _train_helper(config: RunConfig, run_dir: Path) -> None:
 
 def _understood(e: Exception) -> KTOError | None:
     """Errors of libraries that mean something to the user."""
-    import sys
-
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(e, torch.cuda.OutOfMemoryError):
-        return HardwareError(
-            "The GPU ran out of memory. Set gradient_checkpointing to true, halve the batch size and double "
-            "gradient_accumulation_steps, or lower max_length; then resume."
-        )
+    if out_of_memory.is_out_of_memory(e):
+        return out_of_memory.error()
     if isinstance(e, MemoryError):
         return HardwareError("The machine ran out of memory. Close other programs, or lower batch size or max_length.")
     from .trainer import no_space
@@ -179,16 +173,18 @@ def _train(config: RunConfig, run_dir: Path, events: EventLog, watch: StopWatch)
     train_checks.check_disk(config, facts, run_dir, planned_steps(config, len(data.train_rows)))
 
     started = time.monotonic()
-    trainer = _build(config, run_dir, data, tokenizer, events, watch, progress, checkpoint)
-    earlier = any(e["kind"] == "metric" for e in read(events.path)[0])
-    _connect(trainer, config, data, events, watch, checkpoint, earlier)
-    watch.check()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    return _finish(trainer, config, run_dir, tokenizer, events, watch, time.monotonic() - started)
+    advice = partial(memory_plan.helps_most, config, data.lengths)
+    with out_of_memory.explained(lambda: out_of_memory.error(max(data.lengths), advice())):
+        trainer = _build(config, run_dir, data, tokenizer, events, watch, progress, advice)
+        earlier = any(e["kind"] == "metric" for e in read(events.path)[0])
+        _connect(trainer, config, data, events, watch, checkpoint, earlier)
+        watch.check()
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        return _finish(trainer, config, run_dir, tokenizer, events, watch, time.monotonic() - started)
 
 
-def _build(config, run_dir, data: Planned, tokenizer, events, watch, progress, checkpoint):
-    """The trainer: engine, base model, adapter, arguments."""
+def _build(config, run_dir, data: Planned, tokenizer, events, watch, progress, advice):
+    """The trainer: engine, base model, adapter, arguments. ``advice()``: what helps most where memory is short."""
     from . import model as models
     from . import trainer as trainers
 
@@ -248,6 +244,8 @@ def _build(config, run_dir, data: Planned, tokenizer, events, watch, progress, c
                 "reference_progress": reference_progress,
                 "fresh_adapter": not config.adapter,
                 "base": model_info.public_name(config.model),
+                "makes_room": engine == "trl",
+                "advice": advice,
             },
             **keywords,
         )

@@ -20,9 +20,10 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import checkpoints
+from . import checkpoints, out_of_memory
 from .callbacks import not_finite
 from .errors import DiskError
+from .out_of_memory import MicroBatches
 from .stopping import StopNow
 
 if TYPE_CHECKING:
@@ -74,10 +75,12 @@ def studio_class(base: type) -> type:
 
 
 class _Studio:
-    """Mixin before a KTOTrainer. ``watch`` (a StopWatch) and ``fresh_adapter`` are set through `studio`."""
+    """Mixin before a KTOTrainer. Through ``studio`` come ``watch`` (a StopWatch), ``fresh_adapter``, ``base``,
+    ``makes_room`` (recompute more after running out of memory: TRL's own step) and ``advice`` (what helps then)."""
 
     def __init__(self, *args, studio: dict, **kwargs):
         self.studio = studio
+        self._batches = MicroBatches(self) if studio.get("makes_room") else None
         super().__init__(*args, **kwargs)
         if studio["fresh_adapter"] and "ref" in getattr(self.model, "peft_config", {}):
             self.model.delete_adapter("ref")  # a copy of nothing: with adapters off the base is the same reference
@@ -107,10 +110,14 @@ class _Studio:
     def training_step(self, *args, **kwargs):
         if self.studio["watch"].now.is_set():
             raise StopNow("Stopped at once; the last checkpoint is the newest saved state.")
-        loss = super().training_step(*args, **kwargs)
+        compute = super().training_step
+        loss = self._batches.run(compute, *args, **kwargs) if self._batches else compute(*args, **kwargs)
         if not loss.isfinite().all():
             raise not_finite(self.state.global_step + 1)
         return loss
+
+    def no_room(self, longest: int):
+        return out_of_memory.error(longest, self.studio["advice"]())
 
     def _precompute_ref_logps(self, *args, **kwargs):
         with _quiet():

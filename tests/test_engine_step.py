@@ -5,7 +5,7 @@ import oracle
 import pytest
 import torch
 
-from kto_core.engine import attention, tree
+from kto_core.engine import attention, passes, tree
 from kto_core.engine.loss import Head, kto_losses, token_logps
 from kto_core.engine.step import Engine, Group
 
@@ -254,7 +254,7 @@ def test_the_model_is_left_as_it_was():
 @pytest.mark.parametrize("scale, softcap", [(1.0, None), (0.3, None), (1.0, 2.0), (0.3, 2.0)])
 @pytest.mark.parametrize("chunk", [2**26, 4 * 50 * 16])
 def test_token_logps_and_their_gradient(monkeypatch, scale, softcap, chunk):
-    monkeypatch.setattr("kto_core.engine.loss.CHUNK_BYTES", chunk)
+    monkeypatch.setitem(passes.CHUNK_BYTES, "cpu", chunk)
     torch.manual_seed(0)
     hidden = torch.randn(40, 12, dtype=torch.float64, requires_grad=True)
     head = Head(torch.randn(50, 12, dtype=torch.float64), torch.randn(50, dtype=torch.float64), scale, softcap)

@@ -310,6 +310,25 @@ def test_limits_follow_the_memory(tmp_path, tokenizer, monkeypatch):
     assert budgets[0] >= max(groups) > budgets[-1]
 
 
+def test_a_process_counts_its_own_rows(tmp_path, tokenizer):
+    """What limits are chosen for is what the process's trainer will pack, not the batch of all processes."""
+    from kto_core.engine import memory
+    from kto_core.engine.batches import GroupLoader
+    from kto_core.engine.passes import y_tokens
+    from kto_core.engine.sample import packed_tokens
+
+    planner = packed(tmp_path, tokenizer, dataset(17)).planner
+    rows = planner.rows
+    for rank, world in ((0, 1), (0, 2), (1, 2), (3, 4)):
+        expected = [
+            packed_tokens(rows.prompt, rows.completion, batch["rows"])
+            + sum(y_tokens(len(rows.completion[i])) for i in batch["partner"])
+            for batch in GroupLoader(planner, rank, world)
+        ]
+        assert memory.sample_groups(planner, rank, world) == expected
+    assert memory.sample_groups(planner, 16, 20) == []  # fewer rows than processes
+
+
 def test_out_of_memory_is_answered_with_smaller_passes(tmp_path, tokenizer, monkeypatch):
     data = dataset(16)
     quiet = packed(tmp_path, tokenizer, data)

@@ -91,15 +91,40 @@ def test_the_process_keeps_to_the_limit(monkeypatch):
 
     asked = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(total_memory=24 * GIB))
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, i: asked.append((i, share)))
     monkeypatch.delenv(hardware.LIMIT, raising=False)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
     hardware.keep_to_limit()
     assert asked == []
-    monkeypatch.setenv(hardware.LIMIT, "6")
+    monkeypatch.setenv(hardware.LIMIT, str(6 + hardware.CONTEXT_GIB))  # the context counts
     hardware.keep_to_limit()
-    assert asked == [(0, 0.25), (1, 0.25)]
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    hardware.keep_to_limit()
+    assert asked == [(0, pytest.approx(0.25)), (1, pytest.approx(0.25))]
+    monkeypatch.setenv(hardware.LIMIT, "0.5")
+    with pytest.raises(HardwareError, match="CUDA takes for itself"):
+        hardware.keep_to_limit()
+
+
+def test_what_is_available_is_within_the_limit(monkeypatch):
+    """A card of 80 GiB held to 24: what the allocator may still take, never what the card has free."""
+    import torch
+
+    from kto_core.engine import memory
+
+    shares = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(total_memory=80 * GIB))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, i: shares.append(share))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: shares[-1])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 * GIB, 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 6 * GIB)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 5 * GIB)
+    monkeypatch.setenv(hardware.LIMIT, "24")
+    hardware.keep_to_limit()
+    left = memory.available(torch.device("cuda", 0)) / GIB
+    assert left + 5 + hardware.CONTEXT_GIB == pytest.approx(24)
 
 
 def test_no_driver_is_no_gpu(monkeypatch):
@@ -329,6 +354,45 @@ def test_more_gpus_than_there_are(monkeypatch):
     monkeypatch.setattr(hardware, "devices", lambda: [CARD])
     plan = hardware.plan(resolve(num_gpus=2), LENGTHS)
     assert plan.verdict == "does not fit" and "num_gpus is 2, but this machine has 1" in plan.advice
+
+
+def test_a_process_of_several_gpus_plans_for_its_own(monkeypatch):
+    """The neighbour has loaded its model already, which is nobody else's use of our card."""
+    full = Device(0, "full", 24.0, 4.0, 20.0, (8, 6))
+    monkeypatch.setattr(hardware, "devices", lambda: [full, CARD])
+    c = resolve(num_gpus=2)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert hardware.plan(c, LENGTHS).device == "full"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    plan = hardware.plan(c, LENGTHS)
+    assert (plan.device, plan.available_gib, plan.verdict) == (CARD.name, CARD.available_gib, "fits")
+
+
+def test_an_expert_is_taken_out_of_its_4_bits_alone():
+    shape, parts = model_shape.find("gpt-oss-20b"), hardware.plan(resolve("20b"), LENGTHS, device=CARD).parts
+    gate_and_up = 2 * shape.hidden * shape.intermediate
+    assert parts["dequantized layer"] == pytest.approx(2 * 2 * gate_and_up / GIB) and parts["dequantized layer"] < 0.1
+
+
+def test_logits_are_those_of_the_engines_chunk():
+    from kto_core.engine import passes
+
+    c, k = resolve(), memory_plan.Coefficients()
+    shape = model_shape.find(c.model)
+    tokens = passes.chunk_tokens(shape.vocabulary, "cuda")
+    assert tokens * shape.vocabulary * 4 == passes.CHUNK_BYTES["cuda"]
+    counted = memory_plan._tree(c, shape, 9000, 4, k, True, store=False)["logits"]
+    assert counted == tokens * shape.vocabulary * k.logits
+
+
+@pytest.mark.parametrize(("layers", "measured"), [(32, 10.6), (27, 16.1)])
+def test_measured_packed_passes_are_foretold(layers, measured):
+    """10,258 tokens of a 7B, NF4, r 64, no optimizer (`benchmarks/RESULTS.md`): at least, and within 5 %."""
+    c, k = resolve(), memory_plan.Coefficients()
+    shape = model_shape.find(c.model)
+    parts = memory_plan._parts(c, shape, memory_plan._peak(c, shape, 10_258, layers, k, True, store=True), k, True)
+    found = sum(v for name, v in parts.items() if name not in ("CUDA context", "optimizer"))
+    assert measured <= found <= measured * 1.05, found
 
 
 # ---- one owner ------------------------------------------------------------------------------------------------------

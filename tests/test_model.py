@@ -199,6 +199,18 @@ def test_nf4_on_a_cpu(tiny, double):
     assert {m.weight.quant_state.nested for m in quantized} == {double}
 
 
+def test_four_bits_stay_trainable_on_every_cpu(tiny, monkeypatch):
+    """As on a CPU for which bitsandbytes has products of their own, which pass no gradient on."""
+    from bitsandbytes.nn import modules
+
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: True)
+    settings = resolved(tiny, "", load_in_4bit=True).config
+    for training in (True, False):
+        loaded = model.load_base(settings, for_training=training)
+        marks = [m.support_avx512bf16_for_cpu for m in loaded.modules() if isinstance(m, modules.Linear4bit)]
+        assert len(marks) == 14 and any(marks) != training
+
+
 # ---- the Hub ---------------------------------------------------------------------------------------------------------
 
 

@@ -38,6 +38,17 @@ def weights(folder):
 # ---- what a run tells and leaves -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("engine", ["trl", "packed"])
+def test_evaluating_changes_nothing_of_what_four_bits_learn(tiny, data, tmp_path, engine):
+    """In eval mode bitsandbytes repacks weights for some CPUs, and a product with those passes no gradient on."""
+    settings = {"engine": engine, "load_in_4bit": True, "test_size": 0.25, "max_steps": 4}
+    for steps in (1, 100):
+        ended = run(tiny, data, tmp_path / str(steps), **settings, eval_steps=steps)
+        assert ended.state == "finished", ended.error
+    often, once = (weights(tmp_path / str(steps) / "adapter") for steps in (1, 100))
+    assert all(tensor.equal(once[name]) for name, tensor in often.items())
+
+
 def test_demo_model_trains(demo_model, data, tmp_path):
     overrides = {"max_steps": 3, "learning_rate": 2e-4, "gradient_accumulation_steps": 1, "save_steps": 2}
     ended = run("demo", data, tmp_path, **overrides)

@@ -33,20 +33,6 @@ def check_adapter(model) -> None:
         )
 
 
-def keep_weights_trainable(model) -> None:
-    """bitsandbytes repacks 4-bit weights on some CPUs at the first pass in eval mode, and the repacked ones pass no
-    gradient on. Undo it and prevent it."""
-    for module in model.modules():
-        if not hasattr(module, "support_avx512bf16_for_cpu"):
-            continue
-        module.support_avx512bf16_for_cpu = False
-        weight = module.weight
-        if getattr(weight.quant_state, "packing_format_for_cpu", False):
-            from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as unpack
-
-            weight.data, weight.quant_state = unpack(weight.data, weight.quant_state)
-
-
 def trainable(model) -> dict:
     """Adapter parameters by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-CHUNK_BYTES = 2**26  # fp32 logits held at once on a CPU; four times that on a GPU
+from .passes import chunk_tokens
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,7 @@ def token_logps(head: Head, hidden: torch.Tensor, targets: torch.Tensor, stats: 
 class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, head: Head, targets, stats):
-        limit = CHUNK_BYTES * (4 if hidden.device.type == "cuda" else 1)
-        step = max(16, limit // (4 * head.weight.shape[0]))
+        step = chunk_tokens(head.weight.shape[0], hidden.device.type)
         exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         logps = torch.empty(len(targets), dtype=exact, device=hidden.device)
         entropy, mean = (torch.empty_like(logps), torch.empty_like(logps)) if stats else (None, None)

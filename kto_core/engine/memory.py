@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import numpy as np
 import torch
 
+from ..hardware import allowed
 from . import attention, tree
 from .passes import RESERVE, SHARE, cheapest, working, y_tokens
 from .sample import packed_tokens
@@ -15,12 +14,14 @@ SCORING = (2048, 16384)  # most tokens of a pass without gradients: enough to ke
 MEASURED = (64, 192)  # tokens of the measured passes
 
 
-def sample_groups(planner, count: int = 32) -> list[int]:
-    """What some optimizer batches of the first epoch count in a token budget."""
+def sample_groups(planner, rank: int = 0, world: int = 1, count: int = 32) -> list[int]:
+    """What a process's part of some optimizer batches of the first epoch counts in a token budget."""
     plan, rows = planner.epoch(0), planner.rows
     sizes = []
     for g in np.unique(np.linspace(0, len(plan) - 1, min(count, len(plan))).astype(int)):
-        own, other = plan.group(int(g))
+        own, other = (rows[rank::world] for rows in plan.group(int(g)))
+        if not len(own):  # fewer rows than processes
+            continue
         y = sum(y_tokens(len(rows.completion[i])) for i in other) if planner.kl else 0
         sizes.append(packed_tokens(rows.prompt, rows.completion, own) + y)
     return sizes
@@ -124,21 +125,20 @@ def available(device: torch.device) -> float:
         import psutil
 
         return psutil.virtual_memory().available / 2
-    free, total = torch.cuda.mem_get_info(device)
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    with contextlib.suppress(AttributeError, RuntimeError):
-        cap = torch.cuda.get_per_process_memory_fraction(device) * total
-        free = min(free, cap - torch.cuda.memory_allocated(device))
-    return free
+    return allowed(device) - torch.cuda.memory_allocated(device)
 
 
-def tighten(engine, longest: int) -> bool:
-    """After running out of memory: recompute more layers, then make passes smaller. False: nothing is left to give."""
+def tighten(engine, longest: int, batch: int, recompute: bool = True) -> bool:
+    """After running out of memory: recompute more layers, then make passes smaller. False: nothing is left to give.
+
+    ``longest``: tokens of the longest row. ``batch``: of the batch that failed, at most. ``recompute``: there was a
+    backward, which recomputed layers leave room for.
+    """
     total = len(engine.layers)
-    if engine.checkpoint_layers < total:
+    if recompute and engine.checkpoint_layers < total:
         engine.checkpoint_layers = min(total, engine.checkpoint_layers + max(1, total // 4))
         return True
-    budget = engine.token_budget or 2**20
+    budget = min(engine.token_budget or batch, batch)  # a larger one would change nothing
     if budget <= longest:
         return False
     engine.token_budget = max(longest, budget // 2)

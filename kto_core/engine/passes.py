@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 Y_PASS = 0.3  # of a batch's forward: the y' on kept keys and values
 PASS = 2048  # tokens whose forward takes as long as what every pass costs: weights taken out of 4 bits, kernel launches
 SHARE = 0.9  # of the free memory that is planned with; the rest is fragmentation and what was not counted
+CHUNK_BYTES = {"cuda": 2**28, "cpu": 2**26}  # float32 logits held at once
 RESERVE = {"cuda": 3 * 2**28, "cpu": 2**28}  # logits' chunks, gradients of the head's input, kernels' workspaces
 
 
@@ -22,6 +23,11 @@ def working(hidden: int, intermediate: int, number: int) -> int:
 def y_tokens(length: int) -> int:
     """What a y' counts in a token budget: it is run without gradients, one layer's activations at a time."""
     return length // 2
+
+
+def chunk_tokens(vocabulary: int, device: str) -> int:
+    """Tokens whose logits are held at once. ``device``: "cuda" or "cpu"."""
+    return max(16, CHUNK_BYTES["cuda" if device == "cuda" else "cpu"] // (4 * vocabulary))
 
 
 def cheapest(

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from ..errors import NotServed
+from ..out_of_memory import is_out_of_memory
 from .attention import Pass
 from .loss import Head
 from .tree import branch, build
@@ -44,7 +45,7 @@ def check_head_and_attention(engine, prompt: np.ndarray) -> None:
             logits = engine.causal(input_ids=ids, use_cache=False).logits
             theirs.append(logits[0, TOKENS - 1 : -1].to(ours.dtype).log_softmax(-1))
     except (TypeError, KeyError, AttributeError, RuntimeError) as e:
-        if isinstance(e, torch.cuda.OutOfMemoryError):
+        if is_out_of_memory(e):
             raise
         raise NotServed(f"The packed engine cannot run this model ({e}). Choose engine `trl`.") from e
     finally:

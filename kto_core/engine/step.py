@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.utils.checkpoint
 
+from ..out_of_memory import is_out_of_memory
 from . import attention, lean, tree
 from .loss import Head, kto_losses, sequence_sums, token_logps
 from .passes import y_tokens
@@ -133,8 +134,8 @@ class Engine:
             t = tree.build(prompts, completions)
             hidden = self.forward(t.ids, t.positions, attention.Pass(t.segments, self.device))
             return self._sums(hidden, t.scores)[0].double().cpu().numpy()
-        except torch.cuda.OutOfMemoryError:
-            if len(prompts) == 1:
+        except RuntimeError as e:
+            if len(prompts) == 1 or not is_out_of_memory(e):
                 raise
             return None
 
@@ -222,7 +223,8 @@ class Engine:
         return self._sums(states, branches.scores)[0]
 
     def _z0(self, logps, ref_logps, reduce) -> torch.Tensor:
-        difference = (logps - ref_logps.to(logps.dtype)).detach()
+        # fp64 whether the batch took one pass or several: processes that add up must agree on the format
+        difference = (logps - ref_logps.to(logps.dtype)).detach().double()
         total = torch.stack([difference.sum(), torch.full_like(difference.sum(), len(difference))])
         if reduce is not None:
             total = reduce(total)

@@ -21,12 +21,15 @@ from transformers import set_seed
 from trl import KTOConfig, KTOTrainer
 from trl.trainer.utils import disable_dropout_in_model
 
+from .. import out_of_memory
 from ..errors import DataError, HardwareError, ModelError
 from ..jobs import Progress, no_progress
-from . import memory
-from .adapters import Reference, check_adapter, keep_weights_trainable, trainable
+from ..model import keep_weights_trainable
+from . import memory, retry
+from .adapters import Reference, check_adapter, trainable
 from .batches import GroupLoader, Planner, longest, planned_pairs
 from .metrics import record
+from .passes import y_tokens
 from .plan import TokenRows
 from .probe import check_head_and_attention
 from .reference import ReferenceCache, ReferenceScores, scorer_key
@@ -102,6 +105,7 @@ class PackedKTOTrainer(KTOTrainer):
         self.calculate_KL = args.loss_type != "apo_zero_unpaired"
         self.rows = TokenRows.from_dataset(train_dataset)
         self._planned_eval: dict[str, tuple[Planner, ReferenceScores]] = {}
+        self._tokens_in_eval: tuple[int | None, int | None] | None = None
 
         # KTOTrainer.__init__ would tokenize, pair, pad and add a second adapter: its parent's is the one to call
         super(KTOTrainer, self).__init__(
@@ -161,7 +165,7 @@ class PackedKTOTrainer(KTOTrainer):
     def _limits(self, token_budget, checkpoint_layers) -> None:
         row = longest(self.rows)
         if token_budget is None or checkpoint_layers is None:
-            sample = memory.sample_groups(self.planner)
+            sample = memory.sample_groups(self.planner, self.accelerator.process_index, self.accelerator.num_processes)
             moments = 2.1 if "8bit" in str(self.args.optim) else 8
             budget, layers = memory.limits(self.engine, sample, self._autocast, checkpoint_layers, row, moments=moments)
             self.engine.token_budget = token_budget or budget
@@ -222,30 +226,54 @@ class PackedKTOTrainer(KTOTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         model.train()
-        while True:
-            with contextlib.suppress(torch.cuda.OutOfMemoryError):
-                return self._step(inputs, backward=True)
-            self._make_room()  # outside of the handler, whose traceback would hold on to the failed pass's tensors
+        return self._step(inputs, backward=True)
 
-    def _make_room(self) -> None:
-        """Tighter limits after running out of memory; the whole batch is then computed again.
+    def no_room(self, longest: int) -> HardwareError:
+        """What is raised where nothing is left to give. ``longest``: tokens of the longest row."""
+        return out_of_memory.error(longest)
+
+    def _make_room(self, rows: TokenRows, inputs: dict, backward: bool) -> None:
+        """Tighter limits after running out of memory; the whole batch of this process is then computed again.
 
         Raises:
-            HardwareError: nothing is left to give (or there are several processes, which would lose step).
+            HardwareError: nothing is left to give.
         """
-        if self.accelerator.num_processes > 1 or not memory.tighten(self.engine, longest(self.rows)):
-            raise HardwareError("The GPU ran out of memory. Lower max_length, or use a smaller model.")
+        own, other = inputs["rows"], inputs["partner"]
+        batch = int(np.sum(rows.prompt.lengths[own] + rows.completion.lengths[own]))
+        batch += sum(y_tokens(int(n)) for n in rows.completion.lengths[other])
+        if not memory.tighten(self.engine, longest(rows), batch, recompute=backward):
+            raise self.no_room(longest(rows) + 1)
         logger.warning(
             "Out of GPU memory; going on with %d recomputed layers and %s tokens a pass.",
             self.engine.checkpoint_layers,
             self.engine.token_budget,
         )
-        for p in trainable(self.model).values():
-            p.grad = None
+        if backward:
+            for p in trainable(self.model).values():
+                p.grad = None
         torch.cuda.empty_cache()
 
     def _step(self, inputs: dict, backward: bool, planned=None, mode: str = "train") -> torch.Tensor:
         rows, scores = planned or (self.rows, self.reference_scores)
+        several = self.accelerator.num_processes > 1
+        sums = retry.Sums(partial(self.accelerator.reduce, reduction="sum")) if several else None
+
+        def attempt():
+            if sums is not None:
+                sums.again()
+            return self._passes(inputs, rows, scores, sums, backward, mode)
+
+        loss, results = retry.until_it_fits(attempt, partial(self._make_room, rows, inputs, backward))
+        if several:
+            loss = self.accelerator.reduce(loss, reduction="sum")
+            if backward:
+                self._reduce_gradients()
+        self._note(results, mode)
+        return loss.detach()
+
+    def _passes(self, inputs: dict, rows, scores, sums, backward: bool, mode: str) -> tuple[torch.Tensor, list]:
+        """This process's part of a step: its loss, and a (group, result) of each KL group. ``sums`` is all that it
+        asks other processes for."""
         numbers, partner, size = inputs["rows"], inputs["partner"], inputs["size"]
         world = self.accelerator.num_processes
         micro = self.micro_batch if self.kl_group == "microbatch" and mode == "train" else size
@@ -255,7 +283,7 @@ class PackedKTOTrainer(KTOTrainer):
             chunk = slice(start // world, start // world + micro)
             divisor = min(micro * world, size - start) * len(starts)
             if not len(numbers[chunk]):  # fewer rows than processes
-                results.append((None, self._idle_z0()))
+                results.append((None, self._idle_z0(sums)))
                 continue
             group = self._group(rows, scores, numbers[chunk], partner[chunk])
             with self.engine.using_tree():
@@ -267,17 +295,12 @@ class PackedKTOTrainer(KTOTrainer):
                     loss_type=self.loss_type,
                     rows=divisor,
                     backward=self.accelerator.backward if backward else None,
-                    reduce=partial(self.accelerator.reduce, reduction="sum") if world > 1 else None,
+                    reduce=sums,
                     autocast=self._autocast,
                 )
             loss = loss + result.loss
             results.append((group, result))
-        if world > 1:
-            loss = self.accelerator.reduce(loss, reduction="sum")
-            if backward:
-                self._reduce_gradients()
-        self._note(results, mode)
-        return loss.detach()
+        return loss, results
 
     def _group(self, rows: TokenRows, scores: ReferenceScores, numbers, partner) -> Group:
         device = self.engine.device
@@ -296,11 +319,11 @@ class PackedKTOTrainer(KTOTrainer):
             tensor(scores.values(zip(own, other, strict=True)), torch.float64) if kl else None,
         )
 
-    def _idle_z0(self) -> float:
+    def _idle_z0(self, sums) -> float:
         """Take part in z0 with no rows, so that the other processes do not wait."""
         if not self.calculate_KL:
             return 0.0
-        total = self.accelerator.reduce(torch.zeros(2, device=self.engine.device), reduction="sum").tolist()
+        total = sums(torch.zeros(2, dtype=torch.float64, device=self.engine.device)).tolist()
         return max(0.0, total[0] / total[1])
 
     def _reduce_gradients(self) -> None:
@@ -330,7 +353,7 @@ class PackedKTOTrainer(KTOTrainer):
         known = self._planned_eval.get(name)
         if known is None or known[2] is not dataset:
             rows = TokenRows.from_dataset(dataset)
-            size = max(2, self.args.per_device_train_batch_size)
+            size = max(2, self.args.per_device_train_batch_size * self.accelerator.num_processes)
             planner = Planner(rows, size, self.args.seed, None, self.calculate_KL)
             scores = self._scores(rows)
             scores.prepare(planned_pairs(planner, len(planner.epoch(0))), self._progress, self._cancel)
@@ -356,9 +379,10 @@ class PackedKTOTrainer(KTOTrainer):
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         total, kept = 0.0, self._metrics["eval"]
         self._metrics["eval"] = defaultdict(list)
-        for inputs in GroupLoader(planner, rank, world):
-            loss, _, _ = self.prediction_step(self.model, {**inputs, "planned": (planner.rows, scores)}, True)
-            total += float(loss) * inputs["size"]
+        with self._eval_limits():
+            for inputs in GroupLoader(planner, rank, world):
+                loss, _, _ = self.prediction_step(self.model, {**inputs, "planned": (planner.rows, scores)}, True)
+                total += float(loss) * inputs["size"]
         seconds = time.time() - started
         metrics = {f"{prefix}_loss": total / len(planner.rows), f"{prefix}_runtime": round(seconds, 4)}
         metrics[f"{prefix}_samples_per_second"] = round(len(planner.rows) / max(seconds, 1e-9), 3)
@@ -368,6 +392,18 @@ class PackedKTOTrainer(KTOTrainer):
         self.model.train(was_training)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    @contextlib.contextmanager
+    def _eval_limits(self):
+        """Smaller passes that an evaluation needed are the next one's, and not the training's."""
+        engine = self.engine
+        before = engine.token_budget, engine.scoring_tokens
+        engine.token_budget, engine.scoring_tokens = self._tokens_in_eval or before
+        try:
+            yield
+            self._tokens_in_eval = engine.token_budget, engine.scoring_tokens
+        finally:
+            engine.token_budget, engine.scoring_tokens = before
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         with torch.no_grad():
