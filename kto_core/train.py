@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import shutil
+import sys
 import time
 import traceback
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from . import alive, checkpoints, memory_plan, model_info, out_of_memory
 from .dry_run import dry_run  # noqa: F401 - a door of this module
-from .errors import Cancelled, ConfigError, DataError, HardwareError, KTOError
+from .errors import Cancelled, ConfigError, DataError, HardwareError, KTOError, NotServed
 from .events import EventLog, read
 from .train_choices import choose_engine, precompute_pays, use_checkpointing
 from .train_data import Planned, plan_data, write_dataset_json
@@ -184,11 +185,30 @@ def _train(config: RunConfig, run_dir: Path, events: EventLog, watch: StopWatch)
 
 
 def _build(config, run_dir, data: Planned, tokenizer, events, watch, progress, advice):
-    """The trainer: engine, base model, adapter, arguments. ``advice()``: what helps most where memory is short."""
+    """The trainer: engine, base model, adapter, arguments. ``advice()``: what helps most where memory is short.
+
+    ``auto`` takes TRL's step also where the packed engine finds out only with the model in hand that it does not serve.
+    """
+    from .model import free_memory
+
+    engine = choose_engine(config, events)
+    build = partial(_build_with, config=config, run_dir=run_dir, data=data, tokenizer=tokenizer, events=events,
+                    watch=watch, progress=progress, advice=advice)  # fmt: skip
+    try:
+        return build(engine)
+    except NotServed as e:
+        if config.engine != "auto":
+            raise
+        reason = str(e).removesuffix("Choose engine `trl`.").strip()
+    free_memory()
+    events.log(f"Training with TRL's own step. {reason}")
+    return build("trl")
+
+
+def _build_with(engine: str, config, run_dir, data: Planned, tokenizer, events, watch, progress, advice):
     from . import model as models
     from . import trainer as trainers
 
-    engine = choose_engine(config, events)
     precompute = precompute_pays(config, len(data.train_rows), engine)
     args = trainers.arguments(
         config,
@@ -212,6 +232,8 @@ def _build(config, run_dir, data: Planned, tokenizer, events, watch, progress, a
             from .engine import PackedKTOTrainer as base_class
 
             keywords = {"kl_group": config.kl_group, "progress": progress, "cancel": watch.asked}
+            if config.gradient_checkpointing != "auto":  # all layers or none
+                keywords["checkpoint_layers"] = sys.maxsize if config.gradient_checkpointing else 0
         else:
             from trl import KTOTrainer as base_class
         model = models.load_base(config, for_training=True, progress=progress, cancel=watch.asked)
@@ -319,7 +341,6 @@ def _duration(seconds: float) -> str:
 
 def _give_back() -> None:
     """After a training, good or bad: no cached memory, no open W&B run, no state of libraries for the next one."""
-    import sys
 
     from .model import free_memory
 

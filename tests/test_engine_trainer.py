@@ -7,11 +7,11 @@ import oracle
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoConfig, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 from trl import KTOConfig, KTOTrainer
 
 from kto_core.engine import PackedKTOTrainer, available
-from kto_core.errors import DataError, ModelError
+from kto_core.errors import DataError, ModelError, NotServed
 
 
 class Plain(KTOTrainer):
@@ -391,6 +391,15 @@ def test_a_pass_that_is_not_the_models_is_refused(tmp_path, tokenizer, monkeypat
     monkeypatch.setattr(Head, "of", classmethod(lambda cls, m: Head(true(cls, m).weight, None, 3.0, None)))
     with pytest.raises(ModelError, match="does not reproduce"):
         packed(tmp_path, tokenizer, dataset(8))
+
+
+def test_keys_and_values_that_are_not_the_models_are_refused(tmp_path, tokenizer):
+    """DiffLlama attends twice in a layer, with other values: its completions on kept ones would be wrong."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("diffllama", **oracle.SIZES)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float()
+    with pytest.raises(NotServed, match="does not reproduce"):
+        packed(tmp_path, tokenizer, dataset(8), model)
 
 
 @pytest.mark.parametrize("architecture", oracle.ARCHITECTURES)

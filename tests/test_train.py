@@ -404,3 +404,36 @@ def test_dry_run_counts_the_steps_that_are_made(tiny, data, tmp_path, overrides)
 def test_dry_run_needs_data(tiny):
     with pytest.raises(DataError, match="--data"):
         dry_run(resolved(tiny, "").config)
+
+
+# ---- what auto and the packed engine make of a setting -------------------------------------------------------------
+
+
+def test_auto_takes_trl_where_packed_finds_out_late(tiny, demo_model, data, tmp_path):
+    """Nemotron's attention does not hand on the pass's keyword: only running it shows that it cannot be packed."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    folder = shutil.copytree(tiny, tmp_path / "nemotron")
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = AutoConfig.for_model(
+        "nemotron", **sizes, num_key_value_heads=2, head_dim=16, max_position_embeddings=512, bos_token_id=1,
+        eos_token_id=2, pad_token_id=2, vocab_size=len(AutoTokenizer.from_pretrained(folder)),
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    settings = {"max_steps": 2, "target_modules": "all-linear"}
+    ended = run(folder, data, tmp_path / "auto", engine="auto", **settings)
+    assert ended.state == "finished", ended.error
+    said = " ".join(e["text"] for e in ended.logs)
+    assert "TRL's own step" in said and "cannot run this model" in said
+    assert run(folder, data, tmp_path / "packed", engine="packed", **settings).state == "failed"
+
+
+@pytest.mark.parametrize("asked,layers", [(True, 2), (False, 0)])
+def test_gradient_checkpointing_is_the_packed_engines_too(tiny, data, tmp_path, monkeypatch, asked, layers):
+    from kto_core.engine.step import Engine
+
+    seen = set()
+    true = Engine.run
+    monkeypatch.setattr(Engine, "run", lambda self, *a, **k: seen.add(self.checkpoint_layers) or true(self, *a, **k))
+    ended = run(tiny, data, tmp_path, engine="packed", max_steps=1, gradient_checkpointing=asked)
+    assert ended.state == "finished" and seen == {layers}, ended.error

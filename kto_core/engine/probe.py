@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import torch
 
@@ -12,6 +14,22 @@ from .loss import Head
 from .tree import branch, build
 
 TOKENS = 24
+REMEDY = "Choose engine `trl`."
+
+
+@contextlib.contextmanager
+def served():
+    """What an architecture makes fail that is unlike those we know.
+
+    Raises:
+        NotServed: instead of the error that says what was not found.
+    """
+    try:
+        yield
+    except (TypeError, KeyError, AttributeError, RuntimeError) as e:
+        if is_out_of_memory(e):
+            raise
+        raise NotServed(f"The packed engine cannot run this model ({e}). {REMEDY}") from e
 
 
 @torch.no_grad()
@@ -29,25 +47,22 @@ def check_head_and_attention(engine, prompt: np.ndarray) -> None:
     training = engine.model.training
     engine.model.eval()
     try:
-        with engine.using_tree():
-            borrowed = branch(tree, [ends[1], ends[0]])
-            run = Pass(tree.segments, engine.device, keep=torch.as_tensor(borrowed.keep, device=engine.device), store={})
-            hidden = engine.forward(tree.ids, tree.positions, run)
-            store = run.store
-            run.close()
-            sums = engine.branch_logps(borrowed, hidden, store)
-        head = Head.of(engine.causal)
-        with torch.autocast(engine.device.type, enabled=False):
-            ours = head.logits(hidden[torch.as_tensor(tree.scores.index)].to(head.weight.dtype)).log_softmax(-1)
-        theirs = []
-        for s in sequences:
-            ids = torch.as_tensor(s, device=engine.device)[None].long()
-            logits = engine.causal(input_ids=ids, use_cache=False).logits
-            theirs.append(logits[0, TOKENS - 1 : -1].to(ours.dtype).log_softmax(-1))
-    except (TypeError, KeyError, AttributeError, RuntimeError) as e:
-        if is_out_of_memory(e):
-            raise
-        raise NotServed(f"The packed engine cannot run this model ({e}). Choose engine `trl`.") from e
+        with served():
+            with engine.using_tree():
+                borrowed = branch(tree, [ends[1], ends[0]])
+                store, keep = {}, torch.as_tensor(borrowed.keep, device=engine.device)
+                run = Pass(tree.segments, engine.device, keep=keep, store=store)
+                hidden = engine.forward(tree.ids, tree.positions, run)
+                run.close()
+                sums = engine.branch_logps(borrowed, hidden, store)
+            head = Head.of(engine.causal)
+            with torch.autocast(engine.device.type, enabled=False):
+                ours = head.logits(hidden[torch.as_tensor(tree.scores.index)].to(head.weight.dtype)).log_softmax(-1)
+            theirs = []
+            for s in sequences:
+                ids = torch.as_tensor(s, device=engine.device)[None].long()
+                logits = engine.causal(input_ids=ids, use_cache=False).logits
+                theirs.append(logits[0, TOKENS - 1 : -1].to(ours.dtype).log_softmax(-1))
     finally:
         engine.model.train(training)
     theirs = torch.cat(theirs)
@@ -59,6 +74,5 @@ def check_head_and_attention(engine, prompt: np.ndarray) -> None:
     difference = max(difference, borrowed_difference)
     if not difference <= spread * (1e-3 if hidden.dtype in (torch.float32, torch.float64) else 0.35):
         raise NotServed(
-            f"The packed pass does not reproduce this model (log-probabilities differ by {difference:.3g}). "
-            "Choose engine `trl`."
+            f"The packed pass does not reproduce this model (log-probabilities differ by {difference:.3g}). {REMEDY}"
         )

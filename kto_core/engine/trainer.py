@@ -31,7 +31,7 @@ from .batches import GroupLoader, Planner, longest, planned_pairs
 from .metrics import record
 from .passes import y_tokens
 from .plan import TokenRows
-from .probe import check_head_and_attention
+from .probe import check_head_and_attention, served
 from .reference import ReferenceCache, ReferenceScores, scorer_key
 from .step import Engine, Group
 
@@ -167,7 +167,10 @@ class PackedKTOTrainer(KTOTrainer):
         if token_budget is None or checkpoint_layers is None:
             sample = memory.sample_groups(self.planner, self.accelerator.process_index, self.accelerator.num_processes)
             moments = 2.1 if "8bit" in str(self.args.optim) else 8
-            budget, layers = memory.limits(self.engine, sample, self._autocast, checkpoint_layers, row, moments=moments)
+            with served():
+                budget, layers = memory.limits(
+                    self.engine, sample, self._autocast, checkpoint_layers, row, moments=moments
+                )
             self.engine.token_budget = token_budget or budget
             self.engine.checkpoint_layers = layers
         else:
