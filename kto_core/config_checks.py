@@ -124,6 +124,11 @@ def cross(c: RunConfig, bad: set[str] = frozenset(), *, model: bool = True) -> l
         + ". Set worker to process.",
     )
     wrong(
+        ("engine", "num_gpus"),
+        c.engine == "unsloth" and c.num_gpus > 1,
+        f"num_gpus: must be 1 with engine unsloth, not {c.num_gpus}. Set engine to auto, or num_gpus to 1.",
+    )
+    wrong(
         ("engine", "kl_group"),
         c.engine == "packed" and c.precompute_ref_log_probs is False,
         "precompute_ref_log_probs: must be auto or true with engine packed, which always scores the reference first.",

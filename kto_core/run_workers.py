@@ -12,7 +12,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import alive
+from . import alive, ranks
 from .errors import KTOError
 from .events import EventLog
 from .paths import ROOT
@@ -118,8 +118,8 @@ def _ending(code: int, run: Run) -> str:
         name = signal.Signals(-code).name
         hint = " Often the machine's memory was full." if name == "SIGKILL" else ""
         return f"the training process was ended by {name}.{hint}"
-    try:
-        lines = (run.path / "worker.log").read_text(errors="replace").strip().splitlines()
-    except OSError:
-        lines = []
-    return f"the training process ended with code {code} ({lines[-1][:300] if lines else 'it said nothing'})."
+    said = ranks.first_error(run.path)
+    if not said:
+        with contextlib.suppress(OSError):
+            said = ranks.said_last((run.path / "worker.log").read_text(errors="replace"))
+    return f"the training process ended with code {code} ({said[:300] or 'it said nothing'})."

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import alive, checkpoints, memory_plan, model_info, out_of_memory
+from . import alive, checkpoints, memory_plan, model_info, out_of_memory, ranks
 from .dry_run import dry_run  # noqa: F401 - a door of this module
 from .errors import Cancelled, ConfigError, DataError, HardwareError, KTOError, NotServed
 from .events import EventLog, read
@@ -45,7 +45,7 @@ def train(config: RunConfig, run_dir: Path, *, end_on_second_stop: bool = False)
     """
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    if os.environ.get("RANK", "0") != "0":  # a helper of several GPUs: the main process tells and decides
+    if ranks.rank():  # a helper of several GPUs: the main process tells and decides
         _train_helper(config, run_dir)
         return
     with alive.holding(run_dir):
@@ -59,6 +59,7 @@ def train(config: RunConfig, run_dir: Path, *, end_on_second_stop: bool = False)
 def _guarded(config: RunConfig, run_dir: Path, events: EventLog, end_on_second_stop: bool) -> tuple[str, str]:
     """Run `_train`; whatever happens becomes the terminal state and its message."""
     events.status("preparing", message="Starting.")
+    ranks.forget_errors(run_dir)
     from .train_logs import captured
 
     with captured(events, run_dir / "train.log") as log:
@@ -80,6 +81,8 @@ def _guarded(config: RunConfig, run_dir: Path, events: EventLog, end_on_second_s
             if isinstance(e, Stopped | StopNow | Cancelled):
                 return "stopped", str(e)
             error = e if isinstance(e, KTOError) else _understood(e)
+            if error is None and (first := ranks.first_error(run_dir)):
+                error = KTOError(f"GPU process: {first}")
             if error is None:
                 log.error("unexpected\n%s", kept)
                 message = f"Unexpected {type(e).__name__}: {str(e)[:300]}. Please report it; train.log has the details."
@@ -94,12 +97,24 @@ def _guarded(config: RunConfig, run_dir: Path, events: EventLog, end_on_second_s
 
 
 def _train_helper(config: RunConfig, run_dir: Path) -> None:
-    """Ranks above 0: the same steps, into a log of their own that nobody shows."""
-    from .stopping import StopWatch
+    """Ranks above 0: the same steps, into a log of their own that nobody shows. How the run ended is not theirs to say.
 
-    events = EventLog(run_dir / f"rank-{os.environ['RANK']}.log")
-    with StopWatch(run_dir, events) as watch:
-        _train(config, run_dir, events, watch)
+    Raises:
+        Exception: what went wrong, after it was kept for the main process.
+    """
+    from .stopping import StopNow, Stopped, StopWatch
+
+    ranks.end_with_main(run_dir)
+    events = EventLog(run_dir / f"rank-{ranks.rank()}.log")
+    try:
+        with StopWatch(run_dir, events) as watch:
+            _train(config, run_dir, events, watch)
+    except (Stopped, StopNow, Cancelled):
+        return
+    except Exception as e:
+        known = e if isinstance(e, KTOError) else _understood(e)
+        ranks.note_error(run_dir, str(known or f"Unexpected {type(e).__name__}: {str(e)[:300]}. Please report it."))
+        raise
 
 
 def _understood(e: Exception) -> KTOError | None:
@@ -160,7 +175,7 @@ def _train(config: RunConfig, run_dir: Path, events: EventLog, watch: StopWatch)
 
     root = run_dir / "checkpoints"
     root.mkdir(exist_ok=True)
-    main = os.environ.get("RANK", "0") == "0"
+    main = ranks.rank() == 0
     if main:
         checkpoints.clean(run_dir)
         checkpoints.clean(root)

@@ -7,7 +7,6 @@ finished or was stopped.
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 from pathlib import Path
@@ -19,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--lock-fd", type=int, help="inherited open file that holds the run's lock")
     args = parser.parse_args(argv)
 
-    from . import alive
+    from . import alive, ranks
     from .config import load_config
     from .errors import KTOError
     from .events import EventLog, fold, read
@@ -27,7 +26,8 @@ def main(argv: list[str] | None = None) -> int:
     # a closed terminal must not end a run that outlives the app; a polite kill is a stop
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: (args.run_dir / "stop").touch())
-    main_process = os.environ.get("RANK", "0") == "0"
+    ranks.die_with_launcher()
+    main_process = ranks.rank() == 0
     if args.lock_fd is not None and main_process:
         alive.adopt(args.run_dir, args.lock_fd)
     events = EventLog(args.run_dir / "events.jsonl")
@@ -45,6 +45,9 @@ def main(argv: list[str] | None = None) -> int:
         if not main_process:  # how it ended is the main process's to say, and it may not have said it yet
             return 0
     except KTOError as e:
+        if not main_process:
+            ranks.note_error(args.run_dir, str(e))
+            return 1
         events.append("error", message=str(e), type=type(e).__name__)
         events.status("failed", message=str(e))
     state = fold(read(events.path)[0]).state

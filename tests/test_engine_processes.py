@@ -6,7 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
+from training import state, wait
+
+from kto_core import ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = """
@@ -65,5 +69,71 @@ def test_a_run_on_two_processes_ends_well(tmp_path, tiny_model, engine):
     command = [*launcher, "-m", "kto_core.worker", str(one.path), "--lock-fd", "-1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
-    state = one.state()
-    assert state.state == "finished" and state.step == 3 and len(state.metrics) == 3 and one.adapter
+    ended = one.state()
+    assert ended.state == "finished" and ended.step == 3 and len(ended.metrics) == 3 and one.adapter
+
+
+def begun(tmp_path, tiny_model, **overrides):
+    """A run on two processes, started as `run_workers` does: (run, the launcher)."""
+    from training import make_data, resolved
+
+    from kto_core import run as runs
+
+    data = make_data(tmp_path / "rows.jsonl", 32)
+    one = runs.create(resolved(tiny_model, data, output_dir=str(tmp_path / "run"), **overrides))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "PYTHONPATH": str(ROOT),
+           "KTO_STUDIO_CACHE": str(tmp_path / "cache")}  # fmt: skip
+    command = [*launcher, "-m", "kto_core.worker", str(one.path), "--lock-fd", "-1"]
+    with open(one.path / "worker.log", "ab") as log:
+        return one, subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True)
+
+
+def workers(run) -> list[psutil.Process]:
+    found = []
+    for p in psutil.process_iter(["cmdline"]):
+        line = p.info["cmdline"] or []
+        if "kto_core.worker" in line and str(run.path) in line and "torch.distributed.run" not in line:
+            found.append(p)
+    return found
+
+
+def test_a_killed_launcher_takes_its_processes_along(tmp_path, tiny_model):
+    run, launcher = begun(tmp_path, tiny_model, max_steps=100_000, num_train_epochs=1)
+    wait(lambda: state(run.path).step >= 2 or state(run.path).terminal, 200)  # nobody holds the run's lock here
+    assert len(workers(run)) == 2 and not state(run.path).terminal
+    launcher.kill()
+    launcher.wait()
+    wait(lambda: not workers(run), 20)
+    assert not workers(run)
+
+
+def test_a_stop_before_the_first_step_is_told_by_the_main_process(tmp_path, tiny_model):
+    from kto_core import run as runs
+    from kto_core.events import read
+
+    run, launcher = begun(tmp_path, tiny_model, max_steps=100)
+    (run.path / "stop").touch()
+    assert launcher.wait(200) == 0, (run.path / "worker.log").read_text()[-3000:]
+    found = read(run.path / "events.jsonl")[0]
+    assert [e["state"] for e in found if e["kind"] == "status"][-1] == "stopped"
+    assert not [e for e in found if e["kind"] == "error"] and runs.Run(run.path).state().state == "stopped"
+
+
+def test_the_first_error_is_the_one_that_is_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    ranks.note_error(tmp_path, "The disk is full.")
+    assert ranks.first_error(tmp_path) == "The disk is full."
+    ranks.forget_errors(tmp_path)
+    assert ranks.first_error(tmp_path) == ""
+    log = """
+[rank1]: ValueError: rows went missing
+  raise ChildFailedError(
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+============================================================
+kto_core.worker FAILED
+------------------------------------------------------------
+============================================================
+"""
+    assert ranks.said_last(log) == "[rank1]: ValueError: rows went missing"
+    assert ranks.said_last("one\ntwo\n") == "two" and ranks.said_last("") == ""

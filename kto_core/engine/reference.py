@@ -20,12 +20,13 @@ from pathlib import Path
 import numpy as np
 
 from .. import paths
-from ..errors import DiskError
+from ..errors import Cancelled, DiskError
 from ..jobs import Progress, check_cancel, no_progress
 
 logger = logging.getLogger(__name__)
 FORMAT = b"kto-reference-1"
 LOOKUP = 500  # keys of one query
+STOPPED = b"stopped"  # no key is as short
 NO_NUMBERS = {
     "architectures", "attn_implementation", "output_attentions", "output_hidden_states", "quantization_config",
     "return_dict", "transformers_version", "use_cache",
@@ -240,7 +241,7 @@ class ReferenceScores:
             part, join = self.share(len(todo))
             todo = todo[part]
         fresh: dict[bytes, float] = {}
-        done_count = 0
+        done_count, stopped = 0, None
 
         def done(numbers, values):
             nonlocal done_count
@@ -256,9 +257,16 @@ class ReferenceScores:
             progress(0.0, f"Scoring the reference model: 0 of {len(todo):,} answers")
             prompts = [self.rows.prompt[p[0]] for _, p in todo]
             completions = [self.rows.completion[p[1]] for _, p in todo]
-            self.score(prompts, completions, done)
-        if join is not None:
-            fresh = join(fresh)
+            try:
+                self.score(prompts, completions, done)
+            except Cancelled as e:
+                stopped = e
+        if join is not None:  # also when stopped: the others wait here, and then all of them stop
+            fresh = join(fresh | ({STOPPED: 0.0} if stopped else {}))
+            if fresh.pop(STOPPED, None) is not None and stopped is None:
+                stopped = Cancelled("Stopped as you asked.")
+        if stopped is not None:
+            raise stopped
         for pair, key in keys.items():
             if key in fresh:
                 self._values[pair] = fresh[key]
