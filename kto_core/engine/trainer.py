@@ -11,7 +11,6 @@ import contextlib
 import copy
 import logging
 import threading
-import time
 from collections import defaultdict
 from functools import partial
 
@@ -28,6 +27,7 @@ from ..model import keep_weights_trainable
 from . import memory, retry
 from .adapters import Reference, check_adapter, trainable
 from .batches import GroupLoader, Planner, longest, planned_pairs
+from .evaluation import Evaluation
 from .metrics import record
 from .passes import y_tokens
 from .plan import TokenRows
@@ -38,7 +38,7 @@ from .step import Engine, Group
 logger = logging.getLogger(__name__)
 
 
-class PackedKTOTrainer(KTOTrainer):
+class PackedKTOTrainer(Evaluation, KTOTrainer):
     """Args, beyond `trl.KTOTrainer`'s:
 
         kl_group: "batch" takes z0 over the whole optimizer batch, reshuffles every epoch, spreads the labels and never
@@ -344,74 +344,6 @@ class PackedKTOTrainer(KTOTrainer):
 
     def floating_point_ops(self, inputs) -> int:
         return 0  # the batch holds row numbers, which say nothing of the work
-
-    # ---- evaluation --------------------------------------------------------------------------------------------------
-
-    def _eval_sets(self, dataset) -> dict:
-        if dataset is None:
-            return {}
-        return dict(dataset) if isinstance(dataset, dict) else {"": dataset}
-
-    def _prepare_eval(self, name: str, dataset) -> tuple[Planner, ReferenceScores]:
-        known = self._planned_eval.get(name)
-        if known is None or known[2] is not dataset:
-            rows = TokenRows.from_dataset(dataset)
-            size = max(2, self.args.per_device_train_batch_size * self.accelerator.num_processes)
-            planner = Planner(rows, size, self.args.seed, None, self.calculate_KL)
-            scores = self._scores(rows)
-            scores.prepare(planned_pairs(planner, len(planner.epoch(0))), self._progress, self._cancel)
-            known = self._planned_eval[name] = (planner, scores, dataset)
-        return known[:2]
-
-    @torch.no_grad()
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Loss and TRL's metrics over all rows, each row counted once (KL groups as in training, fixed pairs)."""
-        datasets = self._eval_sets(self.eval_dataset if eval_dataset is None else eval_dataset)
-        if not datasets:
-            raise DataError("There are no rows to evaluate on.")
-        results: dict[str, float] = {}
-        for name, dataset in datasets.items():
-            prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
-            results |= self._evaluate_one(name, dataset, prefix)
-        return results
-
-    def _evaluate_one(self, name: str, dataset, prefix: str) -> dict[str, float]:
-        planner, scores = self._prepare_eval(name, dataset)
-        started, was_training = time.time(), self.model.training
-        self.model.eval()
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        total, kept = 0.0, self._metrics["eval"]
-        self._metrics["eval"] = defaultdict(list)
-        with self._eval_limits():
-            for inputs in GroupLoader(planner, rank, world):
-                loss, _, _ = self.prediction_step(self.model, {**inputs, "planned": (planner.rows, scores)}, True)
-                total += float(loss) * inputs["size"]
-        seconds = time.time() - started
-        metrics = {f"{prefix}_loss": total / len(planner.rows), f"{prefix}_runtime": round(seconds, 4)}
-        metrics[f"{prefix}_samples_per_second"] = round(len(planner.rows) / max(seconds, 1e-9), 3)
-        metrics |= {f"{prefix}_{k}": sum(v) / len(v) for k, v in self._metrics["eval"].items()}
-        self._metrics["eval"] = kept
-        self.log(dict(metrics))
-        self.model.train(was_training)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    @contextlib.contextmanager
-    def _eval_limits(self):
-        """Smaller passes that an evaluation needed are the next one's, and not the training's."""
-        engine = self.engine
-        before = engine.token_budget, engine.scoring_tokens
-        engine.token_budget, engine.scoring_tokens = self._tokens_in_eval or before
-        try:
-            yield
-            self._tokens_in_eval = engine.token_budget, engine.scoring_tokens
-        finally:
-            engine.token_budget, engine.scoring_tokens = before
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        with torch.no_grad():
-            loss = self._step(inputs, backward=False, planned=inputs["planned"], mode="eval")
-        return loss, None, None
 
 
 def _shared(accelerator, todo: int) -> tuple[slice, object]:
