@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from . import ranks
 from .errors import ModelError
 from .events import EventLog
 from .libraries import transformers_ready
@@ -43,10 +44,12 @@ def choose_engine(config: RunConfig, events: EventLog) -> str:
 
 def precompute_pays(config: RunConfig, rows: int, engine: str) -> bool:
     """Scoring the reference once costs one pass over the rows; without it every epoch pays one."""
-    if config.precompute_ref_log_probs != "auto":
-        return config.precompute_ref_log_probs
     if engine == "packed":  # it keeps a cache of its own
         return False
+    if ranks.several():  # TRL hands the scores on in a file, whose name each process draws for rows in memory
+        return False
+    if config.precompute_ref_log_probs != "auto":
+        return config.precompute_ref_log_probs
     seen = config.num_train_epochs
     if config.max_steps > 0:
         seen = config.max_steps * config.effective_batch_size / max(1, rows)
