@@ -35,7 +35,7 @@ class EventLog:
         with self._lock, open(self.path, "ab+") as f:
             if f.tell() and not _ends_whole(f):  # a writer before us died in the middle of a line
                 line = "\n" + line
-            f.write(line.encode())
+            f.write(line.encode("utf-8", "backslashreplace"))  # names of files may be no Unicode
         return event
 
     def status(self, state: str, **fields) -> dict:

@@ -67,7 +67,7 @@ def fused_experts(folder: Path) -> int:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with layout(folder), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
     return sum(p.numel() for name, p in model.named_parameters() if ".experts." in name and p.dim() == 3)
 
 

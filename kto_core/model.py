@@ -42,7 +42,7 @@ def load_tokenizer(name: str):
     where = resolve_model(name)
     folder = where if Path(where).is_dir() else (cached_folder(where) or where)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as e:  # tokenizers raises bare Exception for broken files
         raise ModelError(
             f"The tokenizer of {name} does not load ({_first_line(e)}). Fetch it again or choose another."

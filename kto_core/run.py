@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import re
@@ -16,7 +17,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -161,14 +162,19 @@ class Run:
 
         Raises:
             RunError: it does not run.
+        DiskError: its folder cannot be written.
         """
         if not self.alive():
             raise RunError(f"Run {self.id} does not run. `runs list` shows what does.")
         file = self.path / "stop"
-        again = file.exists()
-        part = self.path / "stop.part"
-        part.write_text(STOP_NOW if again else "")
-        os.replace(part, file)
+        try:
+            again = file.exists()
+            part = self.path / f"stop.{secrets.token_hex(4)}.part"  # two may press Stop at once
+            part.write_text(STOP_NOW if again else "")
+            os.replace(part, file)
+        except OSError as e:
+            part.unlink(missing_ok=True)
+            raise DiskError.of(file, e) from e
 
     def delete(self) -> None:
         """Delete the folder with everything in it.
@@ -273,6 +279,7 @@ def create(resolved: Resolved) -> Run:
     Raises:
         BusyError: that run is being trained.
         DiskError: the folder cannot be made.
+        RunError: it holds files that are no run's.
     """
     config = resolved.config
     folder = (
@@ -281,6 +288,10 @@ def create(resolved: Resolved) -> Run:
     try:
         if (folder / "config.yaml").is_file():
             _make_way(Run(folder))
+        elif folder.is_dir() and any(p.name.removesuffix(".part") != "config.yaml" for p in folder.iterdir()):
+            raise RunError(  # deleting the run would delete what is there
+                f"{folder} has files that belong to no run. Choose an --output-dir that is empty or does not exist yet."
+            )
         folder.mkdir(parents=True, exist_ok=True)
         absolute = {f: _absolute(getattr(config, f)) for f in ("data", "adapter", "model")}
         saved = dataclasses.replace(resolved, config=config.model_copy(update=absolute))
@@ -328,11 +339,12 @@ def start(run: Run, *, block: bool = False, queue: bool = False) -> None:
     from .hardware import owner
 
     config = run.config().config
-    if (other := active()) is not None and (other == run or not queue):
-        raise BusyError(f"Run {other.id} is training. Stop it or wait for its end, then start this one.")
-    if (holder := owner()) is not None and not queue:
-        raise BusyError(holder.sentence())
-    alive.acquire(run.path, run.id)
+    with _starting():  # two that start at once would both see nobody
+        if (other := active()) is not None and (other == run or not queue):
+            raise BusyError(f"Run {other.id} is training. Stop it or wait for its end, then start this one.")
+        if (holder := owner()) is not None and not queue:
+            raise BusyError(holder.sentence())
+        alive.acquire(run.path, run.id)
     try:
         (run.path / "stop").unlink(missing_ok=True)
         run_queue.leave(run.path)  # of a process that died while it waited
@@ -351,6 +363,15 @@ def start(run: Run, *, block: bool = False, queue: bool = False) -> None:
         raise
     if block:
         thread.join()
+
+
+@contextlib.contextmanager
+def _starting() -> Iterator[None]:
+    """One start at a time on this machine."""
+    runs_dir().mkdir(parents=True, exist_ok=True)
+    with open(runs_dir() / ".start.lock", "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def resume(run: Run, *, block: bool = False, queue: bool = False) -> Run:

@@ -28,6 +28,8 @@ from .tables import arrow_rows, csv_rows, hub_batches, is_broken, parquet_batche
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 IN_MEMORY = 64 * 2**20  # bytes of a data set held in memory; a larger one is read from its file when needed
 MAX_LINE = 256 * 2**20  # bytes; a longer line is dropped
+HARMLESS = 64 * 2**20  # bytes that any file may unpack to
+PACKED = 300  # times its size; text packs to a third or a twentieth
 MAX_DEPTH = 200  # levels of lists and objects; a record nested deeper is dropped
 _EVERY = 2000  # records between two looks at progress and cancel
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
@@ -236,6 +238,7 @@ def records(
     if head[:2] == b"\x1f\x8b":
         text = gzip.GzipFile(fileobj=file)
         try:
+            _refuse_bomb(text, path.name, size, cancel)
             head = text.read(4096)
         except (OSError, EOFError, zlib.error) as e:
             raise DataError(f"{path.name} is not a whole gzip file ({e}). Compress it again.") from None
@@ -258,6 +261,22 @@ def records(
         store = spool()
         found = _spooled(store, enumerate(_json_items(text, path.name), 1))
     return store, _watch(found, done, path.name, progress, cancel)
+
+
+def _refuse_bomb(packed: gzip.GzipFile, name: str, size: int, cancel) -> None:
+    """A small file that unpacks to far more than text does would fill the memory or the disk. Nothing is kept here."""
+    if size * 1100 < HARMLESS:  # gzip packs nothing better
+        return
+    total = 0
+    while block := packed.read(2**20):
+        check_cancel(cancel)
+        total += len(block)
+        if total > max(HARMLESS, PACKED * size):
+            raise DataError(
+                f"{name} unpacks to more than {PACKED} times its size, which text does not. Unpack it and look at it; "
+                "a file that is really that repetitive can be given unpacked."
+            )
+    packed.seek(0)
 
 
 def _kind(path: Path, head: bytes) -> str:

@@ -68,8 +68,10 @@ def _guarded(config: RunConfig, run_dir: Path, events: EventLog, end_on_second_s
             from .stopping import StopNow, Stopped, StopWatch, end_process
 
             def end_now() -> None:
-                events.status("stopped", message="Stopped at once; the last checkpoint is the newest saved state.")
-                end_process()
+                try:
+                    events.status("stopped", message="Stopped at once; the last checkpoint is the newest saved state.")
+                finally:  # also on a full disk
+                    end_process()
 
             with (
                 StopWatch(run_dir, events, end_now if end_on_second_stop else None) as watch,

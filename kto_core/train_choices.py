@@ -30,7 +30,9 @@ def choose_engine(config: RunConfig, events: EventLog) -> str:
     try:
         from .engine import available
 
-        ok, reason = available(AutoConfig.from_pretrained(local_folder(config.model)), config.max_length)
+        ok, reason = available(
+            AutoConfig.from_pretrained(local_folder(config.model), trust_remote_code=False), config.max_length
+        )
     except ImportError as e:
         ok, reason = False, f"it cannot be loaded ({e})."
     if ok:

@@ -250,6 +250,13 @@ def test_shapes_mixed_in_a_table(tmp_path):
     assert [(r.prompt[0]["content"], r.label) for r in loaded.rows] == want and not loaded.report.dropped
 
 
+def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path):
+    block = gzip.compress(b'{"prompt": "' + b"a" * (80 * 2**20) + b'"}', 9)
+    for name in ("a.json.gz", "a.jsonl.gz", "a.csv.gz"):
+        with pytest.raises(DataError, match="unpacks to more than"):
+            dataset.load(write(tmp_path / name, block))
+
+
 def test_convert_never_loses_what_it_reads(tmp_path):
     source = write(tmp_path / "a.jsonl", LINES[0] + "\n{broken\n" + LINES[1] + "\n")
     before = source.read_bytes()

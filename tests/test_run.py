@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -252,3 +253,64 @@ def test_broken_config_is_said(tiny, data):
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert run.state().state == "failed" and "beta" in run.state().error
     json.dumps(run.state().message)
+
+
+def test_a_folder_with_files_of_its_own_does_not_become_a_run(tiny_model, tmp_path):
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "thesis.tex").write_text("years of work")
+    with pytest.raises(RunError, match="belong to no run"):
+        runs.create(resolved(tiny_model, "x.jsonl", output_dir=str(home)))
+    assert [p.name for p in home.iterdir()] == ["thesis.tex"]
+    (tmp_path / "empty").mkdir()
+    assert runs.create(resolved(tiny_model, "x.jsonl", output_dir=str(tmp_path / "empty"))).path.is_dir()
+
+
+def test_two_starts_at_once_are_one(tiny_model, tmp_path, monkeypatch):
+    began = []
+
+    def worker(run, config):
+        began.append(run)
+        thread = threading.Thread(target=lambda: None)
+        thread.start()
+        return thread
+
+    monkeypatch.setattr(runs, "in_thread", worker)
+    two = [runs.create(resolved(tiny_model, "x.jsonl")) for _ in range(2)]
+    gate, refused = threading.Barrier(2), []
+
+    def start(run):
+        gate.wait()
+        try:
+            runs.start(run)
+        except BusyError as e:
+            refused.append(e)
+
+    threads = [threading.Thread(target=start, args=(run,)) for run in two]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert len(began) == 1 and len(refused) == 1
+    alive.release(began[0].path)
+
+
+def test_many_stops_at_once(tiny_model, tmp_path):
+    run = runs.create(resolved(tiny_model, "x.jsonl"))
+    alive.acquire(run.path, run.id)
+    failed = []
+
+    def press():
+        for _ in range(30):
+            try:
+                run.stop()
+            except Exception as e:
+                failed.append(e)
+
+    threads = [threading.Thread(target=press) for _ in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not failed and (run.path / "stop").read_text() == "now" and not list(run.path.glob("*.part"))
+    alive.release(run.path)

@@ -160,16 +160,39 @@ def test_failed_logins_are_limited_and_age(site, anonymous):
     gate = _unlimited(site)
     assert anonymous.post("/login", data=right).status_code == 200
     for i in range(security.MAX_FAILURES):
-        gate.limit.failed("9.9.9.9", now=i)
+        gate.limit.tried("9.9.9.9", now=i)
     assert gate.limit.wait("9.9.9.9", now=10) > 0
     assert gate.limit.wait("9.9.9.9", now=security.WINDOW + 10) == 0
     assert gate.limit.wait("8.8.8.8", now=10) == 0
 
 
+def test_guesses_that_come_together_or_between_guest_logins_are_limited_too(site):
+    import concurrent.futures
+
+    _unlimited(site)
+    wrong = {"username": "kto", "password": "x"}
+    with concurrent.futures.ThreadPoolExecutor(30) as pool:
+        codes = list(pool.map(lambda _: httpx.post(site.url + "/login", data=wrong).status_code, range(30)))
+    assert codes.count(400) <= security.MAX_FAILURES and codes.count(429) == 30 - codes.count(400)
+    guest = {"username": "guest", "password": site.accounts.guest}
+    assert httpx.post(site.url + "/guest/login", data=guest).status_code == 200
+    assert httpx.post(site.url + "/login", data=wrong).status_code == 429
+
+
+def test_a_page_of_another_site_has_no_login(site, owner):
+    """A browser sends along the cookie that is not SameSite only when another site's page asks."""
+    names = {c.name: c.value for c in owner.cookies.jar}
+    strict = next(name for name in names if "unsecure" in name)
+    loose = strict.replace("-unsecure", "")
+    for path in ("/config", f"/gradio_api/file={site.folder}/model.gguf"):
+        assert httpx.get(site.url + path, cookies={loose: names[strict]}).status_code == 401
+        assert httpx.get(site.url + path, cookies={strict: names[strict]}).status_code == 200
+
+
 def test_many_addresses_together_are_limited_too():
     limit, now = security.LoginLimit(), time.monotonic()
     for i in range(security.MAX_FAILURES_ALL):
-        limit.failed(f"10.0.0.{i}", now)
+        limit.tried(f"10.0.0.{i}", now)
     assert limit.wait("1.2.3.4", now) > 0
 
 
@@ -245,7 +268,29 @@ def test_the_guest_page_only_chats():
 def test_on_this_machine_only_there_is_no_password_and_nobody_else_gets_in():
     from ui import launch
 
-    assert launch.doors(False) == {}
+    assert "auth" not in launch.doors(False)
+    with gr.Blocks() as page:
+        gr.Textbox()
+    _, url, _ = page.launch(
+        prevent_thread_lock=True, quiet=True, ssr_mode=False, server_name="127.0.0.1", **launch.doors(False)
+    )
+    try:
+        port, files = url.rstrip("/").rpartition(":")[2], {"files": b"x"}
+        for host in ("127.0.0.1", "localhost", "[::1]"):
+            headers = {"Host": f"{host}:{port}", "Origin": f"http://{host}:{port}"}
+            assert httpx.get(url, headers=headers).status_code == 200
+            assert httpx.get(url + "config", headers={"Host": headers["Host"]}).status_code == 200
+        for headers in (
+            {"Host": f"evil.example:{port}"},  # a name that was given this machine's address
+            {"Origin": "https://evil.example"},
+            {"Origin": "http://127.0.0.1.evil.example"},
+            {"Origin": "null"},
+        ):
+            assert httpx.get(url + "config", headers=headers).status_code == 403
+            assert httpx.post(url + "gradio_api/upload", files=files, headers=headers).status_code == 403
+        assert "img-src 'self'" in httpx.get(url).headers["content-security-policy"]
+    finally:
+        page.close()
     assert set(launch.LOCAL) == {"127.0.0.1", "localhost", "::1"}
     port = launch.free_port("127.0.0.1", None)
     with socket.socket() as taken:

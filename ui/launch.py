@@ -159,14 +159,16 @@ def folders() -> list[Path]:
 
 
 def doors(public: bool) -> dict:
-    """Arguments of ``launch`` that decide who gets in. On this machine only: nobody else can ask, no password.
+    """Arguments of ``launch`` that decide who gets in. On this machine only: no password, its own pages only.
 
     Reachable from others: two passwords, made anew at each start and printed once, and `ui.security`'s gate before
     every route, with the guest's page behind it.
     """
+    from ui import security
+
     if not public:
-        return {}
-    from ui import guest, security
+        return {"app_kwargs": security.local_kwargs()}
+    from ui import guest
 
     accounts = security.Accounts()
     style = {name: value for name, value in looks().items() if name != "favicon_path"}

@@ -1,8 +1,9 @@
-"""Who may do what when the app can be reached from other machines: accounts, and a gate before every route.
+"""Who may do what: accounts and a gate before every route where others can reach the app, a smaller gate where not.
 
 Gradio's own ``auth`` closes its calls, but leaves some routes open (streams, heartbeats, cancel) and never counts
 failed logins. `Gate` is an ASGI middleware in front of all of it: what is not named in `OPEN` asks for a login, logins
-are limited, bodies are bounded, files are served only from where downloads are made. SECURITY.md states the model.
+are limited, bodies are bounded, files are served only from where downloads are made. `LocalGate` keeps pages of other
+sites away from an app on this machine. SECURITY.md states the model.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ class LoginLimit:
         ]
         return max(0.0, *waits) if waits else 0.0
 
-    def failed(self, address: str, now: float | None = None) -> None:
+    def tried(self, address: str, now: float | None = None) -> None:
+        """Counted before the password is looked at: requests that come together do not slip through."""
         now = time.monotonic() if now is None else now
         for stale in [a for a, times in self.by_address.items() if times[-1] < now - WINDOW]:
             del self.by_address[stale]  # bounded by the failures of one window
@@ -84,6 +86,8 @@ class LoginLimit:
 
     def succeeded(self, address: str) -> None:
         self.by_address.pop(address, None)
+        if self.everyone:
+            self.everyone.pop()
 
 
 class Gate:
@@ -115,7 +119,7 @@ class Gate:
         if refusal:
             await _answer(send, *refusal)
         elif scope["method"] == "POST" and path.rstrip("/") == "/login":
-            await self._login(scope, receive, send)
+            await self._login(scope, receive, send, guest)
         else:
             await self.app(scope, self._bounded(path, receive), _hardened(send))
 
@@ -148,8 +152,9 @@ class Gate:
             cookies = SimpleCookie(_header(scope, b"cookie"))
         except CookieError:
             return False
-        names = (f"access-token-{app.cookie_id}", f"access-token-unsecure-{app.cookie_id}")
-        return any(n in cookies and app.tokens.get(cookies[n].value) for n in names)
+        # Gradio sets two: this one is not sent along when another site's page makes the request
+        name = f"access-token-unsecure-{app.cookie_id}"
+        return name in cookies and bool(app.tokens.get(cookies[name].value))
 
     def _may_fetch(self, name: str) -> bool:
         """Links are followed first: what a name leads to decides, not what it is called."""
@@ -164,19 +169,18 @@ class Gate:
         allowed = [*self.folders, Path(get_cache_folder()).resolve(), Path(get_upload_folder()).resolve()]
         return real.is_file() and any(real.is_relative_to(folder) for folder in allowed)
 
-    async def _login(self, scope, receive, send):
-        address = (scope.get("client") or ("?",))[0]
+    async def _login(self, scope, receive, send, guest: bool):
+        address = f"{(scope.get('client') or ('?',))[0]} {GUEST if guest else OWNER}"
         if wait := self.limit.wait(address):
             text = f"Too many failed logins. Try again in {int(wait) + 1} seconds."
             await _answer(send, 429, text, [(b"retry-after", str(int(wait) + 1).encode())])
             return
 
+        self.limit.tried(address)
+
         async def watch(message):
-            if message["type"] == "http.response.start":
-                if message["status"] == 200:
-                    self.limit.succeeded(address)
-                elif message["status"] >= 400:
-                    self.limit.failed(address)
+            if message["type"] == "http.response.start" and message["status"] == 200:
+                self.limit.succeeded(address)
             await send(message)
 
         await self.app(scope, self._bounded("/login", receive), _hardened(watch))
@@ -194,6 +198,37 @@ class Gate:
         return counted
 
 
+class LocalGate:
+    """ASGI middleware of an app that only this machine can reach, and whose pages no password protects.
+
+    A page of another site can send requests here, and can give its own name this machine's address: both show in the
+    request's Origin or Host.
+    """
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+        elif not (_here(_header(scope, b"host")) and _from_here(_header(scope, b"origin"))):
+            await _answer(send, 403, "Open this page as 127.0.0.1 or localhost, or start the app with --host.")
+        elif SHUT.fullmatch(scope["path"]):
+            await _answer(send, 404, "Not found.")
+        else:
+            await self.app(scope, receive, _hardened(send))
+
+
+def _here(host: str) -> bool:
+    """Whether ``host`` (perhaps with a port) names this machine."""
+    return re.sub(r":\d+$", "", host.lower()) in ("localhost", "127.0.0.1", "[::1]")
+
+
+def _from_here(origin: str) -> bool:
+    """Whether a page of this machine asks, or no page at all. ``null`` (a sandboxed frame) is somebody else's."""
+    return not origin or _here(origin.partition("://")[2])
+
+
 def _header(scope, name: bytes) -> str:
     return next((v.decode("latin-1") for k, v in scope["headers"] if k == name), "")
 
@@ -203,6 +238,7 @@ def _hardened(send):
         (b"x-content-type-options", b"nosniff"),
         (b"referrer-policy", b"no-referrer"),
         (b"x-frame-options", b"DENY"),
+        (b"content-security-policy", b"img-src 'self' data: blob:; media-src 'self' data: blob:"),  # not from elsewhere
     ]
 
     async def with_headers(message):
@@ -218,6 +254,13 @@ async def _answer(send, status: int, text: str, headers: list = ()):
     fixed = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": [*fixed, *headers]})
     await send({"type": "http.response.body", "body": body})
+
+
+def local_kwargs() -> dict:
+    """``launch(app_kwargs=…)`` with a `LocalGate` in front."""
+    from starlette.middleware import Middleware
+
+    return {"middleware": [Middleware(LocalGate)]}
 
 
 def app_kwargs(gate: dict, guest=None, *, accounts: Accounts | None = None, guest_options: dict | None = None) -> dict:

@@ -6,6 +6,7 @@ The browser sends ids, never paths. This module knows nothing of the page.
 
 from __future__ import annotations
 
+import filecmp
 import re
 import shutil
 import threading
@@ -129,8 +130,11 @@ def add_upload(temporary: str) -> str:
             target = folder / f"{stem}{'' if number == 1 else f'-{number}'}{ending}"
             if not target.exists():
                 part = target.with_name(target.name + ".part")
-                shutil.copyfile(source, part)
-                part.replace(target)
+                try:
+                    shutil.copyfile(source, part)
+                    part.replace(target)
+                finally:
+                    part.unlink(missing_ok=True)
                 return f"file:{target.name}"
             if _same(source, target):
                 return f"file:{target.name}"
@@ -143,7 +147,7 @@ def add_upload(temporary: str) -> str:
 
 
 def _same(a: Path, b: Path) -> bool:
-    return a.stat().st_size == b.stat().st_size and a.read_bytes() == b.read_bytes()
+    return filecmp.cmp(a, b, shallow=False)
 
 
 def key(data_id: str) -> tuple:

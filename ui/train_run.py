@@ -159,7 +159,8 @@ def _what_can_be_done(run) -> tuple:
         return (None,)
     s = run.state()
     events = (run.path / "events.jsonl").is_file()
-    return run.id, s.state, bool(run.adapter), bool(s.checkpoints), bool(s.metrics), events
+    state = s.state if events or run.alive() else "interrupted"  # made, and never started
+    return run.id, state, bool(run.adapter), bool(s.checkpoints), bool(s.metrics), events
 
 
 def _controls(run) -> list:

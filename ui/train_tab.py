@@ -9,7 +9,7 @@ import gradio as gr
 
 from kto_core import run as runs
 from kto_core import train_checks
-from kto_core.errors import DataError, RunError
+from kto_core.errors import BusyError, DataError, RunError
 from ui import cache_view, data_jobs, live, sources, train_form, train_plan, train_run
 from ui.context import Context
 from ui.train_run import QUICK
@@ -229,6 +229,9 @@ def _start_events(ctx: Context, ui, shown: train_run.Shown) -> None:
         run = runs.create(found)
         try:
             runs.start(run, queue=queue)
+        except BusyError:
+            run.delete()  # nothing was begun
+            raise
         finally:
             live.forget()
         return run.id, *shown.everything(run.id)
