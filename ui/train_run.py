@@ -212,7 +212,8 @@ def _points(state, name: str):
     points = views.curve(state, name)
     missing = set(views.CURVES[name][1].values()) - {p["series"] for p in points}
     empty = [{"step": points[0]["step"], "value": None, "series": series} for series in missing] if points else []
-    return gr.update(value=frame(points + empty), visible=bool(points))
+    drawn = len({p["step"] for p in points}) > 1  # a line of one point is an empty frame
+    return gr.update(value=frame(points + empty), visible=drawn)
 
 
 def _label(run) -> str:

@@ -10,7 +10,7 @@ import gradio as gr
 from kto_core import run as runs
 from kto_core import train_checks
 from kto_core.errors import BusyError, DataError, RunError
-from ui import cache_view, data_jobs, live, sources, train_form, train_plan, train_run
+from ui import cache_view, chat_models, data_jobs, live, sources, train_form, train_plan, train_run
 from ui.context import Context
 from ui.train_run import QUICK
 
@@ -192,6 +192,14 @@ def _form_events(ctx: Context, ui) -> None:
         out[0] = out[2] = gr.skip()  # the form is as it was
         return out
 
+    listed = gr.State(None)
+
+    def adapters(before):
+        """A run that ended, or was deleted, while the page is open."""
+        now = chat_models.signature()
+        return (gr.skip(), gr.skip()) if now == before else (gr.update(choices=train_form.adapter_choices()), now)
+
+    ctx.on_tick(adapters, [ui.adapter, listed], [listed])
     ctx.on_load(opened, [*widgets, *outputs], [ui.kept, ctx.chosen_data])
     ctx.on_tick(tick, outputs, [ui.form, ctx.chosen_data, ui.seen])
     ui.preset.input(ctx.guarded(chose_preset), [ui.preset, ctx.chosen_data], [*widgets, *outputs], **LAST)
