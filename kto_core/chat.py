@@ -42,6 +42,7 @@ def load(target, *, checkpoint=None, progress: Progress = no_progress, cancel: t
         if _current is not None:
             _current.unload()
         _current = Chat.load(target, checkpoint=checkpoint, progress=progress, cancel=cancel)
+        _current.asked = (str(target), str(checkpoint or ""))
         return _current
     finally:
         _loading.release()
@@ -54,11 +55,17 @@ class Chat:
 
     def __init__(self, model, tokenizer, name: str, has_adapter: bool, owned: contextlib.ExitStack | None = None):
         self.model, self.tokenizer, self.name, self.has_adapter = model, tokenizer, name, has_adapter
+        self.asked: tuple[str, str] | None = None  # what `load` was asked for
         self.stats: dict = {}
         self._owned = owned or contextlib.ExitStack()
         self._answering = threading.Lock()
         self._closed = threading.Event()
         self.decoder = None  # `decode.Decoder`, where it serves; otherwise transformers' generate answers
+
+    @property
+    def answering(self) -> bool:
+        """Whether somebody waits for an answer now."""
+        return self._answering.locked()
 
     @classmethod
     def load(

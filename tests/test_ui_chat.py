@@ -157,7 +157,7 @@ def test_closing_the_answer_sets_the_event_the_model_reads(monkeypatch):
     stop, seen = threading.Event(), []
 
     class Loaded:
-        has_adapter, stats = False, None
+        has_adapter, stats, asked = False, None, None
 
         def stream(self, messages, *, cancel, **settings):
             seen.append((messages, settings, cancel))
@@ -174,6 +174,75 @@ def test_closing_the_answer_sets_the_event_the_model_reads(monkeypatch):
     messages, sent, cancel = seen[0]
     assert stop.is_set() and cancel is stop and sent["seed"] is None and sent["tuned"] is True
     assert messages == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
+
+
+def test_the_chosen_model_answers_not_the_one_that_is_loaded(monkeypatch):
+    from types import SimpleNamespace
+
+    from kto_core import chat
+    from ui import chat_models
+
+    now, loads = SimpleNamespace(asked=("run-a", ""), answering=True), []
+    monkeypatch.setattr(chat, "current", lambda: now)
+
+    def load(choice, checkpoint):
+        nonlocal now
+        loads.append((choice, checkpoint))
+        now = SimpleNamespace(asked=(chat_models.target(choice), checkpoint or ""), answering=False)
+        return SimpleNamespace(running=False, state="done")
+
+    monkeypatch.setattr(chat_models, "load", load)
+
+    def settings(model, checkpoint=""):
+        return chat_session.Settings(model, checkpoint, "Tuned", "", 0.0, 1.0, 0, 1.0, 16, -1, True)
+
+    assert next(chat_session.ready(settings("run:run-a"), threading.Event())) is now and not loads
+    waiting = chat_session.ready(settings("run:run-b"), threading.Event())
+    assert next(waiting) is None and not loads  # somebody waits for the other model's answer
+    now.answering = False
+    assert next(waiting).asked == ("run-b", "") and loads == [("run:run-b", "")]
+    assert next(chat_session.ready(settings("run:run-b", "checkpoint-3"), threading.Event())).asked[1] == "checkpoint-3"
+
+
+def test_a_question_that_was_never_answered_does_not_join_the_next():
+    talk = chat_session.ask(chat_session.empty(), "Tuned", "cut off by a reload")
+    talk = chat_session.ask(talk, "Tuned", "next")
+    assert [m["content"] for m in talk["a"]] == ["next"]
+
+
+@pytest.mark.browser
+def test_clear_while_it_answers_and_a_second_page_that_waits(monkeypatch):
+    from tabs import opened, served
+
+    from kto_core import chat
+    from ui import chat_tab
+
+    class Slow:
+        asked, answering = None, False
+        name, device, has_adapter, stats = "slow", "cpu", True, {"tokens": 1, "seconds": 1.0, "tokens_per_second": 1.0}
+
+        def stream(self, messages, *, cancel, **settings):
+            while not cancel.wait(0.05):
+                yield "word "
+
+    slow = Slow()
+    monkeypatch.setattr(chat, "current", lambda: slow)
+    with served(chat=chat_tab.build) as url, opened(url) as page:
+        page.locator("#chat-message textarea").fill("hello")
+        page.locator("#chat-send").click()
+        page.locator("#chat-a .bot.message").get_by_text("word word word").wait_for()
+        other = page.context.new_page()
+        other.goto(url)
+        other.locator("#chat-message textarea").fill("hello from here")
+        other.locator("#chat-send").click()
+        other.locator("#chat-stop").wait_for()  # while the first page's answer goes on
+        other.locator("#chat-a").get_by_text("hello from here").wait_for()
+        other.locator("#chat-stop").click()
+        other.locator("#chat-send").wait_for()
+        page.locator("#chat-clear").click()
+        page.locator("#chat-send").wait_for()
+        page.wait_for_function("!document.querySelector('#chat-a .message')")
+        assert page.locator("#chat-a .message").count() == 0
 
 
 # ---- a real conversation in a real browser
@@ -269,6 +338,7 @@ def test_html_of_a_model_is_text_on_the_page(monkeypatch):
     from ui import chat_tab
 
     class Evil:
+        asked = None
         name, device, has_adapter, stats = "evil", "cpu", True, {"tokens": 1, "seconds": 1.0, "tokens_per_second": 1.0}
 
         def stream(self, messages, **settings):

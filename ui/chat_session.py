@@ -63,8 +63,12 @@ def align(talk: dict) -> dict:
 
 
 def ask(talk: dict, mode: str, text: str) -> dict:
-    """The conversation with a question at its end."""
-    return talk | {s: [*talk[s], {"role": "user", "content": text}] for s in sides(mode)}
+    """The conversation with a question at its end, in place of one that was never answered (a reload cut it off)."""
+    return talk | {s: [*_answered(talk[s]), {"role": "user", "content": text}] for s in sides(mode)}
+
+
+def _answered(messages: list[dict]) -> list[dict]:
+    return messages[:-1] if messages and messages[-1]["role"] == "user" else messages
 
 
 def cut(talk: dict, mode: str, index: int) -> dict:
@@ -98,12 +102,18 @@ def _with_system(messages: list[dict], system: str) -> list[dict]:
 
 
 def ready(settings: Settings, stop: threading.Event) -> Iterator[chat.Chat | None]:
-    """Wait for a loaded model, loading the chosen one if there is none; yields None while waiting, then the Chat.
+    """Wait for the chosen model, loading it if another one is there, or none; yields None while waiting, then the Chat.
 
     Raises:
         ModelError: it could not be loaded (or was not in time for Stop).
     """
-    while (loaded := chat.current()) is None:
+    wanted = (chat_models.target(settings.model), settings.checkpoint or "") if settings.model else None
+    while (loaded := chat.current()) is None or (wanted and loaded.asked not in (None, wanted)):
+        if loaded is not None and loaded.answering:  # somebody else's answer is not cut off
+            if stop.wait(POLL):
+                return
+            yield None
+            continue
         job = chat_models.load(settings.model, settings.checkpoint)
         while job.running:
             if stop.wait(POLL):

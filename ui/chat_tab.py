@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import gradio as gr
 
@@ -16,15 +17,22 @@ FEEDBACK = "chat_feedback.jsonl"
 BROWSER_KEY = "kto-studio-browser"
 # through the queue: an error that is raised outside of it shows no toast, but a failed request in the console
 QUICK = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
-ANSWERS = {  # one answer at a time: there is one model
-    "concurrency_id": "chat",
-    "concurrency_limit": 1,
+ANSWERS = {
+    "concurrency_limit": None,  # the model takes one at a time; a page that waits shows its question and Stop
     "show_progress": "hidden",
     "trigger_mode": "once",
     "api_visibility": "private",
 }
 
-_stops: dict[str, threading.Event] = {}  # page -> ends the answer it waits for
+
+class _Answer(threading.Event):
+    """Set to end an answer. ``void``: what it has written is not wanted any more."""
+
+    void = False
+
+
+KEPT = 1.0  # seconds after which the browser keeps what was written: a reload loses no more
+_stops: dict[str, _Answer] = {}  # page -> ends the answer it waits for
 
 
 def build(ctx: Context) -> None:
@@ -156,20 +164,28 @@ def _keep(talk: dict, s: Settings) -> dict:
 
 def _frames(request: gr.Request, talk: dict, s: Settings):
     """Values for `screen` while the last question is answered, and once more when all is done."""
-    stop = _stops[request.session_hash] = threading.Event()
-    line, problem = "", None
+    stop = _stops[request.session_hash] = _Answer()
+    line, problem, kept = "", None, time.monotonic()
     try:
         yield talk, *_columns(talk, s.markdown), "", gr.update(visible=False), gr.update(visible=True), _keep(talk, s)
         for grown, line in chat_session.answer(talk, s, stop):
-            talk = grown
-            yield talk, *_columns(talk, s.markdown), line, gr.skip(), gr.skip(), gr.skip()
+            if stop.void:
+                break
+            talk, keep = grown, gr.skip()
+            if time.monotonic() - kept > KEPT:
+                keep, kept = _keep(talk, s), time.monotonic()
+            yield talk, *_columns(talk, s.markdown), line, gr.skip(), gr.skip(), keep
     except Cancelled:  # stopped while it waited for its turn
         pass
     except Exception as e:
         problem = e
     finally:
         stop.set()
-        _stops.pop(request.session_hash, None)
+        if _stops.get(request.session_hash) is stop:
+            del _stops[request.session_hash]
+    if stop.void:
+        yield *[gr.skip()] * 4, gr.update(visible=True), gr.update(visible=False), gr.skip()
+        return
     talk = chat_session.tidy(talk)
     yield talk, *_columns(talk, s.markdown), line, gr.update(visible=True), gr.update(visible=False), _keep(talk, s)
     if problem is not None:
@@ -200,13 +216,21 @@ def _answers(ctx: Context, settings: list, screen: list, message: gr.Textbox, cl
         text = chat_view.typed(chat_view.content(event.value)).strip()
         yield from _again(request, conversation, Settings(*values), _index(event), text)
 
-    def undone(event: gr.UndoData, conversation: dict, *values):
+    def undone(request: gr.Request, event: gr.UndoData, conversation: dict, *values):
+        end(request)
         s, index = Settings(*values), _index(event)
         text = conversation["a"][index]["content"] if index < len(conversation["a"]) else ""
         conversation = chat_session.cut(conversation, s.mode, index)
         return conversation, *_columns(conversation, s.markdown, thumbs=True), "", _keep(conversation, s), text
 
-    def wiped(*values):
+    def end(request: gr.Request) -> None:
+        """What is being answered now is not wanted any more."""
+        if answer := _stops.get(request.session_hash):
+            answer.void = True
+            answer.set()
+
+    def wiped(request: gr.Request, *values):
+        end(request)
         new = chat_session.empty()
         return new, [], [], "", _keep(new, Settings(*values))
 
