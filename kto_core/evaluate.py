@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
-from .errors import DataError
+from .errors import DataError, ModelError
 from .jobs import Progress, check_cancel, no_progress
+from .model_files import require_adapter
 
 SAMPLES = 3  # prompts answered by both models
 ANSWER_TOKENS = 128
@@ -93,7 +95,9 @@ def _rewards(loaded, config, rows, progress: Progress, cancel) -> dict:
         def tell(share: float, number: int = number) -> None:
             progress((number + share) / 4, "Scoring the rows with both models…")
 
-        scores[key] = sequence_logps(loaded, which, tuned=tuned, progress=tell, cancel=cancel)
+        with contextlib.nullcontext() if tuned else _as_it_began(loaded.model, config.adapter):
+            own = tuned or bool(config.adapter)
+            scores[key] = sequence_logps(loaded, which, tuned=own, progress=tell, cancel=cancel)
     rewards = config.beta * (scores["policy"] - scores["ref"])
     kl = max(0.0, float((scores["kl"] - scores["ref_kl"]).mean()))
     signs = np.where(labels, 1.0, -1.0)
@@ -112,6 +116,29 @@ def _rewards(loaded, config, rows, progress: Progress, cancel) -> dict:
         "kl": kl,
         "loss": float(loss.mean()),
     }
+
+
+@contextlib.contextmanager
+def _as_it_began(model, adapter: str):
+    """With the adapter that the run went on from in place of its own; "" leaves the model alone."""
+    if not adapter:
+        yield
+        return
+    try:
+        require_adapter(Path(adapter))
+    except ModelError:
+        raise ModelError(
+            f"The run went on from the adapter in {adapter}, which is not there any more: what it gained since then "
+            "cannot be told. Bring it back."
+        ) from None
+    own = model.active_adapter
+    if "began" not in model.peft_config:
+        model.load_adapter(adapter, adapter_name="began")
+    model.set_adapter("began")
+    try:
+        yield
+    finally:
+        model.set_adapter(own)
 
 
 def auc(chosen, rejected) -> float:

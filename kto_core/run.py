@@ -180,17 +180,27 @@ class Run:
         """Delete the folder with everything in it.
 
         Raises:
-            BusyError: it is being trained.
+            BusyError: it is being trained, or exported.
             RunError: the folder is no run, or cannot be deleted.
         """
         if self.alive():
             raise BusyError(f"Run {self.id} is being trained. Stop it before you delete it.")
         if not (self.path / "config.yaml").is_file():
             raise RunError(f"{self.path} is not a run's folder, so it is not deleted.")
+        from .export_checks import only_one
+
+        alive.acquire(self.path, self.id)  # nobody starts it meanwhile
         try:
-            shutil.rmtree(self.path)
+            with only_one(self):
+                shutil.rmtree(self.path)
+        except BusyError:
+            raise BusyError(
+                f"Run {self.id} is being exported. Wait for it, or cancel it, before you delete it."
+            ) from None
         except OSError as e:
             raise RunError(f"{self.path} cannot be deleted: {e.strerror or e}.") from e
+        finally:
+            alive.release(self.path)
         _folded.pop(self.path, None)
         _register(self.path, there=False)
 

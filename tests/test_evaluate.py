@@ -1,11 +1,13 @@
 """Evaluation: log-probs against a plain forward, AUC by hand, a run measured, answers in batches."""
 
+import shutil
+
 import numpy as np
 import pytest
 from training import make_data, resolved
 
 from kto_core import chat, evaluate, run
-from kto_core.errors import DataError
+from kto_core.errors import DataError, ModelError
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +81,17 @@ def test_what_cannot_be_evaluated(trained, tmp_path):
         evaluate.evaluate(made, str(one))
     with pytest.raises(DataError, match="no run"):
         evaluate.evaluate("demo", str(one))
+
+
+def test_a_run_that_went_on_is_measured_from_where_it_began(trained, tiny_model, tmp_path):
+    """With a rate of nothing it has gained nothing, however good the adapter was that it began with."""
+    before, data = trained
+    adapter = shutil.copytree(before.adapter, tmp_path / "adapter")
+    settings = {"max_steps": 1, "learning_rate": 1e-12, "output_dir": str(tmp_path / "run")}
+    went_on = run.create(resolved(tiny_model, data, adapter=str(adapter), **settings))
+    run.start(went_on, block=True)
+    assert evaluate.evaluate(before, str(data), samples=0)["rewards/margins"] > 0.1
+    assert abs(evaluate.evaluate(went_on, str(data), samples=0)["rewards/margins"]) < 1e-3
+    shutil.rmtree(adapter)
+    with pytest.raises(ModelError, match="went on from"):
+        evaluate.evaluate(went_on, str(data), samples=0)

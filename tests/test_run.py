@@ -314,3 +314,14 @@ def test_many_stops_at_once(tiny_model, tmp_path):
         t.join()
     assert not failed and (run.path / "stop").read_text() == "now" and not list(run.path.glob("*.part"))
     alive.release(run.path)
+
+
+def test_a_run_that_is_exported_is_not_deleted(tiny_model):
+    from kto_core.export_checks import only_one
+
+    run = runs.create(resolved(tiny_model, "x.jsonl"))
+    with only_one(run), pytest.raises(BusyError, match="being exported"):
+        run.delete()
+    assert run.path.is_dir() and not run.alive()
+    run.delete()
+    assert not run.path.exists()
