@@ -1,6 +1,7 @@
 """The Export tab and the view of long jobs: what they show, and a GGUF made, checked and downloaded in a browser."""
 
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -106,6 +107,10 @@ def test_failure_and_cancel_are_said(clean_jobs):
     job.cancel()
     job.thread.join(20)
     assert "stopped in" in jobs_view.view([job])
+    done = jobs.Job("Export upload", state="done", ended=1.0, result="https://hub/jane/m?x=<b>")
+    assert '<a href="https://hub/jane/m?x=&lt;b&gt;"' in jobs_view.view([done])
+    done.result = Path(__file__).parent
+    assert f"{Path(__file__).parent.name}" in jobs_view.view([done])
 
 
 def test_only_the_newest_jobs_are_shown():
@@ -188,6 +193,8 @@ def test_gguf_is_made_checked_and_downloaded(clean_jobs, trained):
         page.locator("#export-check:enabled").click()
         page.locator("pre.answer").wait_for(timeout=120_000)
         assert page.locator("pre.answer").inner_text().strip() not in ("", "(no text)")
+        page.locator("#export-answer").get_by_text(f"q8_0.gguf of run {trained.id}").wait_for()  # whose answer it is
+        page.locator("#export-check:enabled").wait_for()
 
 
 @pytest.mark.browser

@@ -289,20 +289,27 @@ def _make(ctx: Context, chosen, quants, merge, convert, push: tuple) -> None:
 
 def _check(ctx: Context, chosen, file, prompt, button, answer) -> None:
     def on_check(name: str | None, file_id: str | None, question: str):
-        path = export_view.by_id(file_id, find(name).path)
+        run = find(name)
+        path = export_view.by_id(file_id, run.path)
+        job = start(
+            f"check of {path.name} of {run.id}",
+            lambda progress, cancel: export.check_gguf(path, question, progress=progress, cancel=cancel),
+        )
         yield '<div class="note">Loading the file in llama.cpp…</div>', gr.update(interactive=False)
-        try:
-            found = export.check_gguf(path, question)
-        except KTOError as e:
-            yield f'<div class="note note-bad" role="alert">{html.escape(str(e))}</div>', gr.update(interactive=True)
-            return
-        yield export_view.answer(found), gr.update(interactive=True)
+        job.thread.join()
+        # another run may be chosen by now: the answer says whose it is, and the tick knows whether it can be checked
+        about = f'<p class="card-text">{html.escape(path.name)} of run {html.escape(run.id)}</p>'
+        if job.state == "done":
+            yield about + export_view.answer(job.result), gr.skip()
+        else:
+            said = html.escape(job.error or "The check was stopped.")
+            yield f'{about}<div class="note note-bad" role="alert">{said}</div>', gr.skip()
 
     button.click(
         ctx.guarded(on_check),
         [chosen, file, prompt],
         [answer, button],
-        concurrency_limit=1,
+        concurrency_limit=None,
         show_progress="hidden",
         api_visibility="private",
     )

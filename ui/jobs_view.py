@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
+from pathlib import Path
 
 import gradio as gr
 
@@ -60,13 +61,23 @@ def _line(job: jobs.Job, prefix: str) -> str:
         right = f"{100 * job.fraction:.0f} %" + (f" · {duration(job.eta)} left" if job.eta is not None else "")
     elif job.ended:
         right += f" in {duration(job.ended - job.started)}"
-    text = "" if job.state == "done" else html.escape(job.error or job.text)
+    text = _made(job.result) if job.state == "done" else html.escape(job.error or job.text)
     middle = bar(job.fraction, name) if job.running else ""
     return (
         f'<div class="job job-{job.state}" data-job="{job.id}">'
         f'<div class="job-head"><b>{name}</b><span>{html.escape(right)}</span></div>{middle}'
         f'<div class="job-text">{text}</div></div>'
     )
+
+
+def _made(result: object) -> str:
+    """Where to find what a job made, if it says: an address, or a folder of the run."""
+    if isinstance(result, str) and result.startswith(("https://", "http://")):
+        address = html.escape(result, quote=True)
+        return f'<a href="{address}" target="_blank" rel="noopener noreferrer">{address}</a>'
+    if isinstance(result, Path) and result.is_dir():
+        return f"In the run's folder: {html.escape('/'.join(result.parts[-2:]))}"
+    return ""
 
 
 def build(ctx: Context, prefix: str, keep_done: bool = True) -> None:
