@@ -38,6 +38,11 @@ FIELDS = (
 EXTRA = {"mistral-7b": {"sliding_window": None}, "gpt-oss-20b": {"num_local_experts": 32}}
 
 
+def place(root: str | Path, name: str, nf4: bool = False) -> Path:
+    """Where below ``root`` a shape is kept; its two forms lie beside each other."""
+    return Path(root) / (f"{name}-nf4" if nf4 else name)
+
+
 def make(
     name: str,
     folder: str | Path,
