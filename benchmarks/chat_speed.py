@@ -51,7 +51,7 @@ def load(args):
     if torch.cuda.is_available() and args.cap_gib:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, args.cap_gib * 2**30 / total))
-    folder = model_folder(args.model)
+    folder = model_folder(args.model, args.load_in_4bit)
     found = config.resolve("demo", {"model": folder, "load_in_4bit": args.load_in_4bit, "data": "none"}).config
     base = model.load_base(found, for_training=False)
     if args.adapter_r:

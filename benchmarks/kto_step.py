@@ -2,12 +2,20 @@
 
     python benchmarks/kto_step.py --engines trl,packed --data FILE --rows N --model demo
     python benchmarks/kto_step.py --engines trl,packed,unsloth --data FILE --rows 256 --model shape:mistral-7b \\
-        --load-in-4bit --lora-r 64 --cap-gib 24
+        --load-in-4bit --lora-r 64 --cap-gib 24 --precompute --micro-batches 4,8,16
 
 Every engine trains on the same rows with the same number of KL pairs, each in a process of its own, in turns. TRL runs
 with its defaults (reference computed in the step; gradient checkpointing unless told otherwise). The packed engine is
 measured twice: cold, where scoring the reference counts, and warm, where the reference log-probs are on disk from the
-run before. The first steps of each run are not timed. Ratios are rows/s against the first engine named.
+run before. With ``--precompute`` TRL and Unsloth score the reference before they train as well, and are measured in
+the same two ways. ``--micro-batches`` and ``--checkpointing both`` try TRL and Unsloth at several settings of the same
+optimizer batch and keep the fastest (the packed engine chooses for itself). The first steps of each run are not timed.
+Ratios are rows/s against the first engine named.
+
+``of peak`` is the share of the device's matrix rate that the timed steps reach: operations of the products with the
+frozen weights of the decoder layers (every token that went through them counts, padding too: the policy's forward and
+backward, recomputed layers, y', and the reference where a step computes it), by the rate of one large product, bf16
+(on a CPU fp32), measured in the same process. LoRA, attention, head and optimizer take time and count nothing.
 """
 
 from __future__ import annotations
@@ -27,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 ENGINES = ("trl", "packed", "unsloth")
+OPTIMIZERS = {True: "adamw_8bit", False: "adamw_torch"}  # with and without a GPU, as the product chooses
 MARK = "RESULT "
 
 
@@ -41,13 +50,24 @@ def arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--lora-r", type=int, default=16)
     parser.add_argument("--load-in-4bit", action="store_true")
+    parser.add_argument("--optim", help=f"default {OPTIMIZERS[True]} on a GPU, {OPTIMIZERS[False]} on a CPU")
+    parser.add_argument(
+        "--precompute", action="store_true", help="TRL, Unsloth: score the reference before training, not in the step"
+    )
+    parser.add_argument(
+        "--micro-batches", default="", help="TRL, Unsloth: also these rows of a micro-batch; the fastest counts"
+    )
     parser.add_argument("--cap-gib", type=float, help="GPU memory that a process may take")
     parser.add_argument("--token-budget", type=int, help="packed: tokens of one pass; default what fits")
     parser.add_argument("--checkpoint-layers", type=int, help="packed: layers recomputed; default what memory needs")
     parser.add_argument(
-        "--no-gradient-checkpointing",
-        action="store_true",
-        help="TRL: recompute nothing, if memory allows (its default recomputes)",
+        "--checkpointing",
+        choices=("on", "off", "both"),
+        default="on",
+        help="TRL: recompute layers as is its default, or nothing if memory allows; both: the faster counts",
+    )
+    parser.add_argument(
+        "--no-gradient-checkpointing", dest="checkpointing", action="store_const", const="off", help="the same as off"
     )
     parser.add_argument("--warm-up", type=int, default=1, help="steps that are not timed")
     parser.add_argument("--repeat", type=int, default=1, help="runs of each engine, in turns; the median counts")
@@ -60,7 +80,28 @@ def arguments(argv=None) -> argparse.Namespace:
     args.names = [name.strip() for name in args.engines.split(",") if name.strip()]
     if unknown := [name for name in args.names if name not in ENGINES]:
         parser.error(f"unknown engine {unknown[0]}; choose from {', '.join(ENGINES)}")
+    whole = args.batch_size * args.accumulation
+    try:
+        args.micro = list(dict.fromkeys([args.batch_size, *(int(n) for n in args.micro_batches.split(",") if n)]))
+    except ValueError:
+        parser.error("--micro-batches takes whole numbers, separated by commas")
+    if odd := [n for n in args.micro if n < 1 or whole % n]:
+        parser.error(f"a micro-batch of {odd[0]} does not divide the {whole} rows of a step")
     return args
+
+
+def settings(args: argparse.Namespace, name: str) -> list[list[str]]:
+    """Flags of each setting that the engine is measured at."""
+    if name == "packed":
+        return [[]]
+    whole = args.batch_size * args.accumulation
+    modes = ["on", "off"] if args.checkpointing == "both" else [args.checkpointing]
+    modes = modes if name == "trl" else ["on"]  # Unsloth's own is a part of it
+    return [
+        ["--batch-size", str(n), "--accumulation", str(whole // n), "--checkpointing", mode]
+        for mode in modes
+        for n in args.micro
+    ]
 
 
 # ---- one engine, in a process of its own ---------------------------------------------------------------------------
@@ -78,7 +119,7 @@ def worker(args: argparse.Namespace) -> dict:
     if gpu and args.cap_gib:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, args.cap_gib * 2**30 / total))
-    folder = model_folder(args.model)
+    folder = model_folder(args.model, args.load_in_4bit)
     encoded, labels, tokenizer = rows(args, folder)
     tokens = sum(len(e.prompt_ids) + len(e.completion_ids) for e in encoded)
     from kto_core.trainer import encoded_dataset
@@ -87,44 +128,138 @@ def worker(args: argparse.Namespace) -> dict:
 
     def run(reference_cache=None):
         model = load(args, folder, gpu)
+        work = Work(model, layer_operations(folder))
         with tempfile.TemporaryDirectory() as out:
             trainer = build(args, model, tokenizer, dataset, out, gpu, reference_cache)
-            timer = timing_callback(args.warm_up)
+            timer = timing_callback(args.warm_up, work)
             trainer.add_callback(timer)
             if gpu:
                 torch.cuda.reset_peak_memory_stats()
-            reference = 0.0
+            reference, found = 0.0, {}
             if reference_cache is not None:
-                start = time.perf_counter()
+                start = now()
                 trainer.prepare_reference()
-                if gpu:
-                    torch.cuda.synchronize()
-                reference = time.perf_counter() - start
-            with profiled(args.profile and reference_cache is not None):
-                trainer.train()
-            settings = {}
-            if reference_cache is not None:
-                settings = {
+                reference = now() - start
+                found = {
                     "token_budget": trainer.engine.token_budget,
                     "checkpoint_layers": trainer.engine.checkpoint_layers,
                 }
-        seconds = timer.seconds / timer.steps / (args.batch_size * args.accumulation) + reference / len(labels)
+            with profiled(args.profile and reference_cache is not None):
+                trainer.train()
+            work.recomputed = recomputed(args, trainer, folder)
+            reference += getattr(trainer, "reference_seconds", 0.0)
+        step = timer.seconds / timer.steps / (args.batch_size * args.accumulation)
         peak = torch.cuda.max_memory_reserved() if gpu else peak_rss()
+        operations = work.operations / timer.seconds
+        work.remove()
         del trainer, model
         gc.collect()
         if gpu:
             torch.cuda.empty_cache()
-        return {
-            "rows_per_s": 1 / seconds,
-            "tokens_per_s": tokens / len(labels) / seconds,
-            "peak_gib": peak / 2**30,
-            **settings,
-        }
+        found |= {"peak_gib": peak / 2**30, "tflops": operations / 1e12}
+        if args.worker != "packed":
+            found |= {"micro_batch": args.batch_size, "checkpointing": args.checkpointing}
+
+        def speeds(seconds: float) -> dict:
+            return {"rows_per_s": 1 / seconds, "tokens_per_s": tokens / len(labels) / seconds, **found}
+
+        cold = speeds(step + reference / len(labels))
+        return {"cold": cold, "warm": speeds(step)} if args.precompute and args.worker != "packed" else cold
+
+    result = {"cold": run(args.cache), "warm": run(args.cache)} if args.worker == "packed" else run()
+    rate = matrix_rate("cuda" if gpu else "cpu")
+    for found in (result["cold"], result["warm"]) if "cold" in result else (result,):
+        found |= {"matrix_tflops": rate / 1e12, "of_peak": found["tflops"] * 1e12 / rate}
+    return result
+
+
+# ---- how much is computed -------------------------------------------------------------------------------------------
+
+
+def layer_operations(folder: str) -> int:
+    """Operations (a product and a sum are two) of one token's products with the decoder layers' weights, forward."""
+    from kto_core import model_shape
+
+    shape = model_shape.find(folder)
+    if shape is None or shape.experts:  # not every expert works on every token
+        return 0
+    return 2 * shape.linear_parameters
+
+
+def recomputed(args, trainer, folder: str) -> float:
+    """Share of a forward that a backward repeats: of the packed engine's recomputed layers all but the down projection
+    where its own layers are in place; Unsloth and TRL recompute all layers or none."""
+    from kto_core import model_shape
 
     if args.worker != "packed":
-        return run()
-    cold = run(args.cache)
-    return {"cold": cold, "warm": run(args.cache)}
+        return 1.0 if args.worker == "unsloth" or args.checkpointing == "on" else 0.0
+    shape, engine = model_shape.find(folder), trainer.engine
+    if shape is None:
+        return 0.0
+    i, o = shape.linears["down_proj"]
+    left_out = i * o * shape.layers / shape.linear_parameters if engine.lean else 0.0
+    return engine.checkpoint_layers / len(engine.layers) * (1 - left_out)
+
+
+class Work:
+    """Counts the tokens that go through a model's decoder, padding included, with a gradient to come and without.
+
+    Recomputed layers do not pass here: ``recomputed`` is the share of a forward that each backward repeats.
+    """
+
+    def __init__(self, model, a_token: int):
+        self.a_token, self.recomputed, self.with_gradient, self.without = a_token, 0.0, 0, 0
+        causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+        decoder = getattr(causal, causal.base_model_prefix)
+        self.hook = decoder.register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def _count(self, module, args, kwargs) -> None:
+        import torch
+
+        inputs = [kwargs.get("input_ids"), *args[:1]]
+        tokens = next((x.numel() for x in inputs if x is not None), None)
+        if tokens is None:
+            embeds = kwargs["inputs_embeds"]
+            tokens = embeds.shape[0] * embeds.shape[1]
+        if torch.is_grad_enabled():
+            self.with_gradient += tokens
+        else:
+            self.without += tokens
+
+    def reset(self) -> None:
+        self.with_gradient = self.without = 0
+
+    @property
+    def operations(self) -> float:
+        """Forward 1, backward 1 (towards the activations: the weights are frozen), and what is computed again."""
+        return self.a_token * (self.with_gradient * (2 + self.recomputed) + self.without)
+
+    def remove(self) -> None:
+        self.hook.remove()
+
+
+def matrix_rate(device: str, size: int | None = None, repeat: int = 20) -> float:
+    """Operations a second of one large product: bf16 with fp32 sums on a GPU, fp32 on a CPU. The median counts."""
+    import torch
+
+    gpu = device.startswith("cuda")
+    size = size or (8192 if gpu else 1536)
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16 if gpu else torch.float32) for _ in range(2))
+    out, times = torch.empty_like(a), []
+    for _ in range(repeat + 3):
+        start = now()
+        torch.mm(a, b, out=out)
+        times.append(now() - start)
+    return 2 * size**3 / statistics.median(times[3:])
+
+
+def now() -> float:
+    """Seconds, once the GPU has done what it was given."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def peak_rss() -> int:
@@ -133,13 +268,13 @@ def peak_rss() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def model_folder(name: str) -> str:
-    """A folder for ``demo``, a path or ``shape:NAME``."""
+def model_folder(name: str, nf4: bool = False) -> str:
+    """A folder for ``demo``, a path or ``shape:NAME``; of a shape a 4-bit checkpoint, or bf16."""
     if name.startswith("shape:"):
         import shapes
 
-        where = Path(tempfile.gettempdir()) / "kto-shapes" / name.removeprefix("shape:")
-        return str(shapes.make(name.removeprefix("shape:").lower(), where))
+        shape = name.removeprefix("shape:").lower()
+        return str(shapes.make(shape, shapes.place(Path(tempfile.gettempdir()) / "kto-shapes", shape, nf4), nf4=nf4))
     from kto_core.model_info import resolve_model
 
     return resolve_model(name)
@@ -187,11 +322,18 @@ def load(args, folder: str, gpu: bool):
     kwargs = {"dtype": dtype, "attn_implementation": "sdpa"}
     if gpu:
         kwargs["device_map"] = {"": 0}
-    if args.load_in_4bit:
+    if args.load_in_4bit and not quantized(folder):
         kwargs["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
     return AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+
+
+def quantized(folder: str) -> bool:
+    """Whether the checkpoint is in 4 bits already."""
+    from kto_core.model_info import model_facts
+
+    return bool(model_facts(folder).quantized)
 
 
 def targets() -> list[str]:
@@ -210,6 +352,8 @@ def build(args, model, tokenizer, dataset, out: str, gpu: bool, cache):
         gradient_accumulation_steps=args.accumulation,
         num_train_epochs=1,
         learning_rate=1e-6,
+        optim=args.optim or OPTIMIZERS[gpu],
+        precompute_ref_log_probs=args.precompute and args.worker != "packed",
         max_length=None,  # rows are cut already
         bf16=gpu,
         use_cpu=not gpu,
@@ -219,7 +363,7 @@ def build(args, model, tokenizer, dataset, out: str, gpu: bool, cache):
         remove_unused_columns=False,
         disable_tqdm=True,
         dataloader_pin_memory=False,
-        gradient_checkpointing=args.worker == "packed" or not args.no_gradient_checkpointing,
+        gradient_checkpointing=args.checkpointing == "on",
     )
     lora = None
     if args.worker != "unsloth":
@@ -238,33 +382,41 @@ def build(args, model, tokenizer, dataset, out: str, gpu: bool, cache):
     class OnTokens(KTOTrainer):
         """TRL's trainer on rows that are tokens already."""
 
+        reference_seconds = 0.0
+
         def _prepare_dataset(self, dataset, *_, **__):
             return dataset
+
+        def _precompute_ref_logps(self, *args, **kwargs):
+            start = now()
+            try:
+                return super()._precompute_ref_logps(*args, **kwargs)
+            finally:
+                self.reference_seconds += now() - start
 
     return OnTokens(**common, peft_config=lora)
 
 
-def timing_callback(warm_up: int):
-    import torch
+def timing_callback(warm_up: int, work: Work):
+    """Times the steps after the first ``warm_up``; ``work`` then holds what those steps computed."""
     from transformers import TrainerCallback
 
     class Timer(TrainerCallback):
         start = end = 0.0
         steps = 0
 
-        def _now(self) -> float:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            return time.perf_counter()
+        def _begin(self):
+            work.reset()
+            self.start = now()
 
         def on_train_begin(self, *_, **__):
-            self.start = self._now()
+            self._begin()
 
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step <= warm_up:
-                self.start = self._now()
+                self._begin()
             else:
-                self.end, self.steps = self._now(), self.steps + 1
+                self.end, self.steps = now(), self.steps + 1
 
         @property
         def seconds(self) -> float:
@@ -299,31 +451,30 @@ class profiled:
 
 
 def measure(args: argparse.Namespace, argv: list[str]) -> dict:
-    """Run every engine ``--repeat`` times, in turns. A child that fails is reported and left out."""
-    runs: dict[str, list[dict]] = {name: [] for name in args.names}
-    errors: dict[str, str] = {}
+    """Run every engine at each of its settings ``--repeat`` times, in turns. What fails is reported and left out."""
+    tried = {name: settings(args, name) for name in args.names}
+    runs: dict[str, list[list[dict]]] = {name: [[] for _ in flags] for name, flags in tried.items()}
+    errors: dict[tuple[str, int], str] = {}
     for _ in range(args.repeat):
-        for name in args.names:
-            if name in errors:
+        for name, i, flags in ((name, i, f) for name, all_of in tried.items() for i, f in enumerate(all_of)):
+            if (name, i) in errors:
                 continue
-            with tempfile.TemporaryDirectory() as cache:
-                child = subprocess.run(
-                    [sys.executable, __file__, *argv, "--worker", name, "--cache", cache],
-                    stdout=subprocess.PIPE, stderr=None if args.profile else subprocess.PIPE, text=True,
-                    env={
-                        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",  # the same for all
-                        **os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
-                    },
-                )  # fmt: skip
-            lines = [line for line in child.stdout.splitlines() if line.startswith(MARK)]
-            if child.returncode or not lines:
-                tail = (child.stderr or child.stdout or "").strip().splitlines()
-                errors[name] = tail[-1] if tail else f"exit status {child.returncode}"
-                print(f"{name} failed: {errors[name]}", file=sys.stderr)
+            found = child([*argv, *flags, "--worker", name], show=args.profile)
+            if "error" in found:
+                errors[name, i] = found["error"]
+                print(f"{' '.join([name, *flags])} failed: {found['error']}", file=sys.stderr)
             else:
-                runs[name].append(json.loads(lines[-1].removeprefix(MARK)))
-    engines = {name: middle(found) for name, found in runs.items() if found}
-    engines |= {name: {"error": text} for name, text in errors.items() if name not in engines}
+                runs[name][i].append(found)
+                print(f"{' '.join([name, *flags])}: {rate(found):.2f} rows/s", file=sys.stderr)
+    engines = {}
+    for name, by_setting in runs.items():
+        found = [middle(r) for r in by_setting if r]
+        if found:
+            engines[name] = max(found, key=rate)
+            if len(tried[name]) > 1:
+                engines[name]["tried"] = [r for r in found if r is not engines[name]]
+        else:
+            engines[name] = {"error": next(text for (n, _), text in errors.items() if n == name)}
     result = {"rows": args.rows, "engines": engines, "ratio": {}}
     base = rate(engines.get(args.names[0], {}))
     for name in args.names[1:]:
@@ -334,17 +485,55 @@ def measure(args: argparse.Namespace, argv: list[str]) -> dict:
     return result
 
 
+def child(argv: list[str], show: bool = False) -> dict:
+    """The result of this script's worker in a process of its own, or ``{"error": its last line}``."""
+    with tempfile.TemporaryDirectory() as cache:
+        done = subprocess.run(
+            [sys.executable, __file__, *argv, "--cache", cache],
+            stdout=subprocess.PIPE, stderr=None if show else subprocess.PIPE, text=True,
+            env={
+                "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",  # the same for all
+                **os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
+            },
+        )  # fmt: skip
+    lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
+    if not done.returncode and lines:
+        return json.loads(lines[-1].removeprefix(MARK))
+    tail = (done.stderr or done.stdout or "").strip().splitlines()
+    return {"error": tail[-1] if tail else f"exit status {done.returncode}"}
+
+
 def middle(found: list[dict]) -> dict:
     """Median of the speeds, largest of the peaks."""
     first = found[0]
     if "cold" in first:
         return {kind: middle([f[kind] for f in found]) for kind in ("cold", "warm")}
-    pick = {"rows_per_s": statistics.median, "tokens_per_s": statistics.median, "peak_gib": max}
-    return first | {key: choose(f[key] for f in found) for key, choose in pick.items()}
+    pick = dict.fromkeys(("rows_per_s", "tokens_per_s", "tflops", "matrix_tflops", "of_peak"), statistics.median)
+    return first | {key: choose(f[key] for f in found) for key, choose in (pick | {"peak_gib": max}).items()}
 
 
 def rate(engine: dict) -> float | None:
     return engine.get("cold", engine).get("rows_per_s")
+
+
+def table(engines: dict) -> str:
+    """A line an engine; of one that was tried at several settings the fastest."""
+    lines = [f"{'':14}{'rows/s':>10}{'tokens/s':>10}{'peak GiB':>10}{'of peak':>9}  setting"]
+    for name, values in engines.items():
+        for kind in ("cold", "warm") if "cold" in values else ("",):
+            v = values[kind] if kind else values
+            if "rows_per_s" not in v:
+                continue
+            label = f"{name} {kind}".strip()
+            if "micro_batch" in v:
+                how = f"micro-batch {v['micro_batch']}, checkpointing {v['checkpointing']}"
+            else:
+                budget = f"{v['token_budget']:,}" if v["token_budget"] else "all"
+                how = f"{budget} tokens a pass, {v['checkpoint_layers']} layers recomputed"
+            share = f"{v['of_peak']:.0%}" if v["tflops"] else "–"
+            speeds = f"{v['rows_per_s']:10.2f}{v['tokens_per_s']:10.0f}{v['peak_gib']:10.2f}"
+            lines.append(f"{label:14}{speeds}{share:>9}  {how}")
+    return "\n".join(lines)
 
 
 def main(argv=None) -> int:
@@ -357,12 +546,7 @@ def main(argv=None) -> int:
     if args.json:
         print(json.dumps(result))
     else:
-        print(f"{'':14}{'rows/s':>10}{'tokens/s':>10}{'peak GiB':>10}")
-        for name, values in result["engines"].items():
-            for kind, v in values.items() if "cold" in values else [("", values)]:
-                if "rows_per_s" in v:
-                    label = f"{name} {kind}".strip()
-                    print(f"{label:14}{v['rows_per_s']:10.2f}{v['tokens_per_s']:10.0f}{v['peak_gib']:10.2f}")
+        print(table(result["engines"]))
         ratios = "  ".join(f"{kind} x{ratio:.2f}" for kind, ratio in result["ratio"].items())
         print(f"{ratios} (against {args.names[0]})")
     return 0 if all("error" not in v for v in result["engines"].values()) else 1

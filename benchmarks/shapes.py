@@ -1,8 +1,9 @@
 """Models of a real architecture's shape with random weights: speed and memory do not depend on the values.
 
-``python benchmarks/shapes.py NAME FOLDER`` saves one (bf16, safetensors) with the demo model's tokenizer. Sizes are
-those of the published config.json files; gpt-oss is written in the layout of its 4-bit checkpoints; a vocabulary
-smaller than the tokenizer's (49,152) is enlarged to it.
+``python benchmarks/shapes.py NAME FOLDER [--nf4]`` saves one (bf16, safetensors) with the demo model's tokenizer. With
+``--nf4`` it is written as a 4-bit checkpoint in bitsandbytes' layout, which the presets' Hub ids are too: a quarter of
+the bytes, and never more than one layer in memory. Sizes are those of the published config.json files; gpt-oss is
+written in the layout of its 4-bit checkpoints; a vocabulary smaller than the tokenizer's (49,152) is enlarged to it.
 """
 
 from __future__ import annotations
@@ -37,12 +38,25 @@ FIELDS = (
 EXTRA = {"mistral-7b": {"sliding_window": None}, "gpt-oss-20b": {"num_local_experts": 32}}
 
 
-def make(name: str, folder: str | Path, tokenizer_dir: str | Path | None = None, device: str | None = None) -> Path:
-    """Save the shape ``name`` with random bf16 weights and a tokenizer; a folder that is whole already is kept.
+def place(root: str | Path, name: str, nf4: bool = False) -> Path:
+    """Where below ``root`` a shape is kept; its two forms lie beside each other."""
+    return Path(root) / (f"{name}-nf4" if nf4 else name)
+
+
+def make(
+    name: str,
+    folder: str | Path,
+    tokenizer_dir: str | Path | None = None,
+    device: str | None = None,
+    *,
+    nf4: bool = False,
+) -> Path:
+    """Save the shape ``name`` with random weights and a tokenizer; a folder that is whole already is kept.
 
     Args:
         tokenizer_dir: where the tokenizer comes from; default the demo model.
         device: where the weights are drawn; default the GPU if there is one (a 14B model: seconds, not minutes).
+        nf4: in 4 bits, layer by layer; else bf16. gpt-oss is always in 4 bits.
     Raises:
         KeyError: no such shape.
     """
@@ -68,13 +82,89 @@ def make(name: str, folder: str | Path, tokenizer_dir: str | Path | None = None,
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if model_type == "gpt_oss":
         write_gpt_oss(config, folder, device)
-        tokenizer.save_pretrained(folder)
-        return folder
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(folder)
+    elif nf4:
+        write_nf4(config, folder, device)
+    else:
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+class _Checkpoint:
+    """A checkpoint written file by file, NF4 with double quantization where asked."""
+
+    def __init__(self, folder: Path, device: str):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.device, self.where = folder, device, {}
+
+    def random(self, *shape: int):
+        import torch
+
+        return torch.randn(*shape, device=self.device, dtype=torch.bfloat16) * 0.02
+
+    def quantized(self, name: str, outputs: int, inputs: int) -> dict:
+        """A weight in 4 bits with what it takes to undo that, as bitsandbytes names it."""
+        from bitsandbytes.functional import quantize_4bit
+
+        weight = self.random(outputs, inputs)
+        data, state = quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
+        parts = state.as_dict(packed=True)
+        return {f"{name}.weight": data} | {f"{name}.weight.{k}": v for k, v in parts.items()}
+
+    def write(self, name: str, tensors: dict) -> None:
+        from safetensors.torch import save_file
+
+        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, self.folder / name, {"format": "pt"})
+        self.where.update(dict.fromkeys(tensors, name))
+
+    def finish(self, config, architecture: str) -> None:
+        """The index and config.json."""
+        import json
+
+        config.architectures = [architecture]
+        config.quantization_config = {
+            "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "bfloat16",
+            "llm_int8_skip_modules": ["lm_head"],
+        }  # fmt: skip
+        config.save_pretrained(self.folder)
+        index = {"metadata": {}, "weight_map": self.where}
+        (self.folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def write_nf4(config, folder: Path, device: str) -> None:
+    """A dense decoder's 4-bit checkpoint: its linear layers in NF4; embeddings, head, norms and biases in bf16.
+
+    A file a layer, so that no more than one is in memory. Names and sizes are those of transformers' own model, built
+    without memory.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    linear = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
+    files: dict[str, dict] = {}
+    for name, value in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        layer = name.removeprefix("model.layers.").partition(".")[0]
+        files.setdefault(f"model-{int(layer):05}" if layer.isdigit() else "model-ends", {})[name] = value.shape
+    checkpoint = _Checkpoint(folder, device)
+    for file, shapes in files.items():
+        tensors = {}
+        for name, shape in shapes.items():
+            owner, _, kind = name.rpartition(".")
+            if owner in linear and kind == "weight":
+                tensors |= checkpoint.quantized(owner, *shape)
+            elif kind == "weight" and len(shape) == 1:
+                tensors[name] = torch.ones(shape, dtype=torch.bfloat16)
+            else:
+                tensors[name] = checkpoint.random(*shape)
+        checkpoint.write(f"{file}.safetensors", tensors)
+    checkpoint.finish(config, type(model).__name__)
 
 
 def write_gpt_oss(config, folder: Path, device: str) -> None:
@@ -82,27 +172,15 @@ def write_gpt_oss(config, folder: Path, device: str) -> None:
 
     A file a layer, so that no more than one is in memory.
     """
-    import json
-
     import torch
-    from bitsandbytes.functional import quantize_4bit
-    from safetensors.torch import save_file
 
-    folder.mkdir(parents=True, exist_ok=True)
-    h, wide, where = config.hidden_size, config.intermediate_size, {}
+    checkpoint = _Checkpoint(folder, device)
+    random = checkpoint.random
+    h, wide = config.hidden_size, config.intermediate_size
     q, kv = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
 
-    def random(*shape):
-        return torch.randn(*shape, device=device, dtype=torch.bfloat16) * 0.02
-
     def quantized(name: str, outputs: int, inputs: int) -> dict:
-        data, state = quantize_4bit(random(outputs, inputs), blocksize=64, quant_type="nf4", compress_statistics=True)
-        found = {f"{name}.weight": data, f"{name}.bias": random(outputs)}
-        return found | {f"{name}.weight.{k}": v for k, v in state.as_dict(packed=True).items()}
-
-    def write(name: str, tensors: dict) -> None:
-        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, folder / name, {"format": "pt"})
-        where.update(dict.fromkeys(tensors, name))
+        return checkpoint.quantized(name, outputs, inputs) | {f"{name}.bias": random(outputs)}
 
     for i in range(config.num_hidden_layers):
         at = f"model.layers.{i}"
@@ -115,16 +193,10 @@ def write_gpt_oss(config, folder: Path, device: str) -> None:
         for e in range(config.num_local_experts):
             tensors |= quantized(f"{at}.mlp.experts.gate_up_projs.{e}", 2 * wide, h)
             tensors |= quantized(f"{at}.mlp.experts.down_projs.{e}", h, wide)
-        write(f"model-{i:05}.safetensors", tensors)
+        checkpoint.write(f"model-{i:05}.safetensors", tensors)
     ends = {"model.embed_tokens.weight": random(config.vocab_size, h), "model.norm.weight": torch.ones(h)}
-    write("model-ends.safetensors", ends | {"lm_head.weight": random(config.vocab_size, h)})
-    config.architectures = ["GptOssForCausalLM"]
-    config.quantization_config = {
-        "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "bfloat16", "llm_int8_skip_modules": ["lm_head"],
-    }  # fmt: skip
-    config.save_pretrained(folder)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    checkpoint.write("model-ends.safetensors", ends | {"lm_head.weight": random(config.vocab_size, h)})
+    checkpoint.finish(config, "GptOssForCausalLM")
 
 
 if __name__ == "__main__":
@@ -132,5 +204,6 @@ if __name__ == "__main__":
     parser.add_argument("name", choices=SHAPES)
     parser.add_argument("folder")
     parser.add_argument("--tokenizer", help="folder of a tokenizer; default the demo model's")
+    parser.add_argument("--nf4", action="store_true", help="a 4-bit checkpoint instead of bf16")
     args = parser.parse_args()
-    print(make(args.name, args.folder, args.tokenizer))
+    print(make(args.name, args.folder, args.tokenizer, nf4=args.nf4))

@@ -1,0 +1,224 @@
+"""The parts of benchmarks/ that need no GPU: what they count, search, draw and write."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from training import resolved
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "benchmarks"))
+
+TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2,
+        "pad_token_id": 2}  # fmt: skip
+
+
+@pytest.mark.parametrize(("model_type", "tied"), [("mistral", False), ("qwen2", True)])
+def test_a_4_bit_shape_loads_through_the_products_path(tiny_model, tmp_path, monkeypatch, model_type, tied):
+    """Every linear layer in 4 bits, the head not; no weight missing; a forward that is not all zeros."""
+    import shapes
+
+    from kto_core.model import load_base
+    from kto_core.model_info import model_facts
+
+    sizes = [TINY[f] for f in shapes.FIELDS[:5]]
+    monkeypatch.setitem(shapes.SHAPES, "tiny", (model_type, *sizes, 100, tied))
+    folder = shapes.make("tiny", tmp_path / "tiny", tiny_model, "cpu", nf4=True)
+    assert sorted(p.name for p in folder.glob("*.safetensors")) == [
+        "model-00000.safetensors", "model-00001.safetensors", "model-ends.safetensors",
+    ]  # fmt: skip
+    assert model_facts(str(folder)).quantized == "bitsandbytes"
+    model = load_base(resolved(folder, "none").config, for_training=True)
+    kinds = {n: type(m).__name__ for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert kinds.pop("lm_head") == "Linear" and set(kinds.values()) == {"Linear4bit"} and len(kinds) == 14
+    state = model.model.layers[1].mlp.down_proj.weight.quant_state
+    assert state.quant_type == "nf4" and state.nested and tuple(state.shape) == (64, 128)
+    assert bool(model.model.layers[0].input_layernorm.weight.eq(1).all())
+    logits = model(input_ids=torch.arange(20)[None]).logits
+    assert logits.isfinite().all() and float(logits.detach().std()) > 0.01
+    assert (folder / "tokenizer_config.json").exists()
+
+
+def test_a_4_bit_shape_trains(tiny_model, tmp_path, monkeypatch):
+    import shapes
+    from training import make_data
+
+    from kto_core import run
+
+    monkeypatch.setitem(shapes.SHAPES, "tiny", ("llama", *[TINY[f] for f in shapes.FIELDS[:5]], 100, False))
+    folder = shapes.make("tiny", tmp_path / "tiny", tiny_model, "cpu", nf4=True)
+    data = make_data(tmp_path / "rows.jsonl")
+    made = run.create(resolved(folder, data, engine="packed", max_steps=2, dtype="bfloat16"))  # as on a GPU
+    run.start(made, block=True)
+    assert made.state().state == "finished", made.state().error
+
+
+def test_a_shape_in_bf16_has_no_4_bit_weights(tiny_model, tmp_path, monkeypatch):
+    import shapes
+
+    monkeypatch.setitem(shapes.SHAPES, "tiny", ("llama", *[TINY[f] for f in shapes.FIELDS[:5]], 100, True))
+    folder = shapes.make("tiny", tmp_path / "tiny", tiny_model, "cpu")
+    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+
+
+# ---- kto_step.py ----------------------------------------------------------------------------------------------------
+
+
+def step(*flags: str):
+    import kto_step
+
+    return kto_step.arguments(["--data", "rows.jsonl", *flags])
+
+
+def test_settings_keep_the_rows_of_a_step():
+    import kto_step
+
+    args = step("--batch-size", "8", "--accumulation", "4", "--micro-batches", "16,8,2", "--checkpointing", "both")
+    tried = [kto_step.arguments(["--data", "x", *flags]) for flags in kto_step.settings(args, "trl")]
+    assert [(a.batch_size, a.accumulation, a.checkpointing) for a in tried] == [
+        (8, 4, "on"), (16, 2, "on"), (2, 16, "on"), (8, 4, "off"), (16, 2, "off"), (2, 16, "off"),
+    ]  # fmt: skip
+    assert len(kto_step.settings(args, "unsloth")) == 3 and kto_step.settings(args, "packed") == [[]]
+    with pytest.raises(SystemExit):
+        step("--batch-size", "8", "--accumulation", "4", "--micro-batches", "5")
+    assert step("--no-gradient-checkpointing").checkpointing == "off"
+
+
+def test_the_work_of_a_step_is_counted(tiny_model):
+    """Two layers of 4 projections 64 wide (K and V half) and an FFN of 128, by hand."""
+    import kto_step
+    from transformers import AutoModelForCausalLM
+
+    a_token = kto_step.layer_operations(str(tiny_model))
+    assert a_token == 2 * 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    work = kto_step.Work(model, a_token)
+    ids = torch.arange(24).reshape(2, 12)
+    model(input_ids=ids)
+    with torch.no_grad():
+        model(ids)
+        model(ids[:1])
+    assert (work.with_gradient, work.without) == (24, 36)
+    assert work.operations == a_token * (24 * 2 + 36)
+    work.recomputed = 0.5
+    assert work.operations == a_token * (24 * 2.5 + 36)
+    work.reset()
+    work.remove()
+    model(input_ids=ids)
+    assert work.operations == 0
+
+
+def test_the_matrix_rate_is_that_of_one_product():
+    import kto_step
+
+    rate = kto_step.matrix_rate("cpu", size=512, repeat=5)
+    assert 1e8 < rate < 1e15
+
+
+@pytest.mark.parametrize("engine", ["trl", "packed"])
+def test_an_engine_is_measured_with_and_without_the_reference(tiny_model, tmp_path, engine):
+    import kto_step
+    from training import make_data
+
+    flags = ["--model", str(tiny_model), "--rows", "24", "--batch-size", "2", "--accumulation", "2", "--lora-r", "4",
+             "--max-length", "256", "--precompute", "--worker", engine, "--cache", str(tmp_path / "cache")]  # fmt: skip
+    found = kto_step.worker(kto_step.arguments(["--data", str(make_data(tmp_path / "rows.jsonl")), *flags]))
+    assert found["cold"]["rows_per_s"] > 0 and found["warm"]["rows_per_s"] > 0
+    if engine == "trl":  # one training, timed with and without what came before it
+        assert found["cold"]["rows_per_s"] < found["warm"]["rows_per_s"]
+    for kind in ("cold", "warm"):
+        assert 0 < found[kind]["of_peak"] < 1 and found[kind]["matrix_tflops"] > 0
+    shown = kto_step.table({engine: found}).splitlines()
+    assert len(shown) == 3 and shown[1].startswith(f"{engine} cold") and "%" in shown[2]
+    without = kto_step.arguments(["--data", "x", "--engines", "trl"])
+    assert without.optim is None and kto_step.OPTIMIZERS == {True: "adamw_8bit", False: "adamw_torch"}
+
+
+# ---- longest_row.py -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [0, 99, 100, 101, 199, 200, 1000, 1023, 1024, 9000])
+def test_the_bisection_finds_the_longest_that_fits(limit):
+    import longest_row
+
+    asked = []
+
+    def fits(length: int) -> bool:
+        asked.append(length)
+        return length <= limit
+
+    found = longest_row.longest(fits, 100, 1024, 4)
+    expected = max((n for n in range(100, 1025, 4) if n <= limit), default=0)
+    assert found == expected
+    assert len(asked) == len(set(asked)) <= 9 and all(n % 4 == 0 and 100 <= n <= 1024 for n in asked)
+
+
+def test_a_search_says_what_it_found_and_what_failed(capsys):
+    import longest_row
+
+    def attempt(engine: str, length: int) -> dict:
+        found = {"engine": engine, "length": length, "fits": False}
+        if engine == "unsloth":
+            return found | {"error": "no such module"}
+        if length > {"packed": 3000, "trl": 0, "forced": 9999}[engine]:
+            return found | {"why": "out of memory"}
+        limits = {"limits": {"token_budget": 5000, "recomputed": 7, "of": 8}} if engine == "packed" else {}
+        return found | {"fits": True, "peak_gib": 1.5, "seconds": 2.0} | limits
+
+    args = longest_row.arguments(["--high", "4096", "--engines", "packed,trl,unsloth,forced"])
+    table, tries = longest_row.search(args, attempt)
+    assert table == [
+        "| packed | 2,560 | 1.50 | 2.0 |",
+        "| trl | none of 512 tokens or more | – | – |",
+        "| unsloth | failed: no such module | – | – |",
+        "| forced | 4,096 (the longest tried) | 1.50 | 2.0 |",
+    ]
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == len(tries)
+    assert any("limits: 5,000 tokens a pass, 7 of 8 layers recomputed" in text for text in said)
+
+
+@pytest.mark.parametrize("engine", ["packed", "forced", "trl"])
+def test_a_try_is_one_step_on_rows_of_that_length(tiny_model, engine, monkeypatch):
+    import longest_row
+
+    monkeypatch.setattr(longest_row, "hold", lambda *_: None)  # it would hold the tests' own process
+    flags = ["--model", str(tiny_model), "--lora-r", "4", "--worker", engine, "--length", "96"]
+    found = longest_row.attempt(longest_row.arguments(flags))
+    assert found["fits"] and found["peak_gib"] > 0, found
+    assert ("limits" in found) == (engine != "trl")
+    if engine == "forced":
+        assert found["limits"] == {"token_budget": 96, "recomputed": 2, "of": 2}
+
+
+def test_rows_of_a_try_share_nothing():
+    import longest_row
+
+    encoded, labels = longest_row.rows(101, 2, 4000)
+    assert [len(e.prompt_ids) + len(e.completion_ids) for e in encoded] == [101, 101] and labels == [True, False]
+    assert encoded[0].prompt_ids[:8] != encoded[1].prompt_ids[:8]
+
+
+def test_running_out_of_memory_is_not_another_error(tiny_model, monkeypatch):
+    import kto_step
+    import longest_row
+
+    monkeypatch.setattr(longest_row, "hold", lambda *_: None)
+    args = longest_row.arguments(["--model", str(tiny_model), "--worker", "trl", "--length", "96"])
+
+    def load(error):
+        def raises(*_):
+            raise error
+
+        return raises
+
+    monkeypatch.setattr(kto_step, "load", load(RuntimeError("DefaultCPUAllocator: can't allocate memory: …")))
+    assert longest_row.attempt(args) == {"fits": False, "why": "out of memory"}
+    monkeypatch.setattr(kto_step, "load", load(torch.cuda.OutOfMemoryError("CUDA out of memory.")))
+    assert longest_row.attempt(args)["why"] == "out of memory"
+    monkeypatch.setattr(kto_step, "load", load(RuntimeError("shapes do not match")))
+    with pytest.raises(RuntimeError, match="shapes"):
+        longest_row.attempt(args)
