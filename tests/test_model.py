@@ -1,5 +1,6 @@
 """Models: the demo model's five mends, facts without torch, tokenizers without a template, the Hub, adapters."""
 
+import contextlib
 import http.server
 import json
 import os
@@ -14,6 +15,7 @@ from training import make_tiny, resolved
 
 from kto_core import config, demo_model, model, model_info
 from kto_core.errors import Cancelled, ConfigError, ModelError
+from kto_core.events import EventLog
 
 ROOT = Path(model.__file__).parents[1]
 
@@ -321,3 +323,29 @@ def test_models_of_the_hub(tiny, tmp_path):
     done = subprocess.run([sys.executable, "-c", offline], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.stdout.splitlines()[0] == out["good"], done.stderr
     assert "ModelError" in done.stdout and "cannot be reached" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "name,strange",
+    [
+        (
+            "tokenizer_config.json",
+            {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}},
+        ),
+        ("config.json", {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}}),
+    ],
+)
+def test_code_in_a_models_folder_is_never_run_nor_asked_for(tiny_model, tmp_path, monkeypatch, name, strange):
+    """transformers asks at the terminal whether to run it; the answer would be yes."""
+    from kto_core.train_choices import choose_engine
+
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *a: asked.append(a) or "y")
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | strange))
+    with contextlib.suppress(ModelError):
+        model.load_tokenizer(str(folder))
+    with contextlib.suppress(Exception):
+        choose_engine(resolved(folder, "x.jsonl", engine="auto").config, EventLog(tmp_path / "events.jsonl"))
+    assert not (tmp_path / "ran").exists() and not asked
