@@ -222,3 +222,63 @@ def test_running_out_of_memory_is_not_another_error(tiny_model, monkeypatch):
     monkeypatch.setattr(kto_step, "load", load(RuntimeError("shapes do not match")))
     with pytest.raises(RuntimeError, match="shapes"):
         longest_row.attempt(args)
+
+
+# ---- presets.py -----------------------------------------------------------------------------------------------------
+
+
+def test_more_gpus_are_compared_with_one():
+    import presets
+
+    one = {"preset": "7b", "num_gpus": 1, "examples_per_second": 20.0}
+    two = {"preset": "7b", "num_gpus": 2, "examples_per_second": 37.0}
+    assert presets.scaling([one, two]) == "7b, 2 GPUs against 1: 37.00 against 20.00 rows/s, 1.85 times"
+    failed = {"preset": "7b", "num_gpus": 2, "error": "no second GPU"}
+    assert presets.scaling([one, failed]) == "7b, 2 GPUs against 1: not measured"
+
+
+def test_each_preset_is_run_on_one_gpu_and_on_many(monkeypatch, capsys):
+    import presets
+
+    asked = []
+
+    def apart(args, preset, length, gpus):
+        asked.append((preset, length, gpus))
+        return {"preset": preset, "num_gpus": gpus or 1, "examples_per_second": 10.0 * (gpus or 1)}
+
+    monkeypatch.setattr(presets, "apart", apart)
+    presets.main(["--data", "x", "--presets", "3b,7b", "--lengths", "512", "--num-gpus", "2"])
+    assert asked == [(p, n, g) for p in ("3b", "7b") for n in (None, 512) for g in (1, 2)]
+    assert capsys.readouterr().out.count("rows/s, 2.00 times") == 4
+    asked.clear()
+    presets.main(["--data", "x", "--presets", "3b"])
+    assert asked == [("3b", None, None)]
+
+
+def test_a_preset_in_the_products_own_worker(tiny_model, tmp_path, monkeypatch):
+    """What `--num-gpus 1` measures: the speed that the run's events tell, the first step left out."""
+    from training import make_data
+
+    import presets
+    from kto_core import hardware
+
+    monkeypatch.setenv(hardware.LIMIT, "24")  # `one` sets it for its own process
+    data = make_data(tmp_path / "rows.jsonl")
+    flags = [
+        "--one",
+        "demo",
+        "--max-length",
+        "256",
+        "--data",
+        str(data),
+        "--shape",
+        str(tiny_model),
+        "--steps",
+        "2",
+        "--num-gpus",
+        "1",
+    ]
+    found = presets.one(presets.arguments([*flags, "--run-dir", str(tmp_path / "run")]))
+    assert (found["state"], found["steps"], found["num_gpus"]) == ("finished", 2, 1), found
+    assert found["examples_per_second"] > 0 and found["rows_of_a_step"] == 8
+    assert (tmp_path / "run" / "worker.log").exists()
