@@ -282,3 +282,41 @@ def test_a_preset_in_the_products_own_worker(tiny_model, tmp_path, monkeypatch):
     assert (found["state"], found["steps"], found["num_gpus"]) == ("finished", 2, 1), found
     assert found["examples_per_second"] > 0 and found["rows_of_a_step"] == 8
     assert (tmp_path / "run" / "worker.log").exists()
+
+
+# ---- picture.py -----------------------------------------------------------------------------------------------------
+
+
+def test_the_picture_is_what_the_figures_make():
+    """Whoever changes the figures draws it anew: `python benchmarks/picture.py`."""
+    import picture
+
+    assert picture.OUT.read_text(encoding="utf-8") == picture.draw(json.loads(picture.DATA.read_text(encoding="utf-8")))
+
+
+def test_the_pictures_figures_are_those_of_the_results():
+    import picture
+
+    figures = json.loads(picture.DATA.read_text(encoding="utf-8"))
+    results = (ROOT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
+    for bar in figures["bars"]:
+        assert f"| {bar['rows_per_s']:.2f} | {bar['tokens_per_s']:,} |" in results, bar["name"]
+    for key in ("date", "versions", "command"):
+        assert figures[key] in results.replace("\n", " ")
+
+
+def test_a_picture_has_bars_in_proportion_and_says_them_in_words(tmp_path):
+    import xml.etree.ElementTree as ET
+
+    import picture
+
+    bars = [{"name": "A & B", "rows_per_s": 2, "peak_gib": 1}, {"name": "C", "rows_per_s": 8, "peak_gib": 2}]
+    figures = {"title": "T <1>", "unit": "rows a second", "date": "D", "machine": "M", "bars": bars}
+    (tmp_path / "f.json").write_text(json.dumps(figures))
+    assert picture.main(["--data", str(tmp_path / "f.json"), "--out", str(tmp_path / "p.svg")]) == 0
+    svg = "{http://www.w3.org/2000/svg}"
+    root = ET.parse(tmp_path / "p.svg").getroot()
+    first, second = (float(r.get("width")) for r in root.iter(f"{svg}rect"))
+    assert second == pytest.approx(4 * first) and root.find(f"{svg}title").text == "T <1>: rows a second"
+    assert root.find(f"{svg}desc").text == "Bar chart, rows a second: A & B 2.0; C 8.0."
+    assert any("(4.0×), 2.0 GiB" in "".join(t.itertext()) for t in root.iter(f"{svg}text"))
