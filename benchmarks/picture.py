@@ -17,12 +17,14 @@ ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "benchmarks" / "gpu_7b.json"
 OUT = ROOT / "docs" / "speed-7b.svg"
 
-WIDTH, LEFT, RIGHT = 760, 200, 210  # names on the left, figures behind the bars
-TOP, BAR, GAP = 64, 30, 14
+WIDTH, LEFT, RIGHT, EDGE = 800, 220, 230, 20  # names on the left, figures behind the bars
+TOP, BAR, GAP = 84, 30, 14
 
-# contrast of text with the page at least 7, of bars with the page at least 3, in either theme
+# a ground of its own, since a page may be dark where the reader's system is light; contrast with it: text at least 7,
+# bars at least 3, in either theme
 STYLE = """
 text { font: 15px system-ui, -apple-system, "Segoe UI", Helvetica, Arial, sans-serif; fill: #1f2328 }
+.ground { fill: #ffffff }
 .title { font-weight: 600; font-size: 17px }
 .note { font-size: 13px; fill: #4a5059 }
 .value { font-weight: 600 }
@@ -31,6 +33,7 @@ text { font: 15px system-ui, -apple-system, "Segoe UI", Helvetica, Arial, sans-s
 .other { fill: #757d87 }
 .axis { stroke: #757d87 }
 @media (prefers-color-scheme: dark) {
+  .ground { fill: #0d1117 }
   text { fill: #f0f6fc }
   .note { fill: #c0c7d0 }
   .ours { fill: #58a6ff }
@@ -45,18 +48,19 @@ def draw(figures: dict) -> str:
     bars = figures["bars"]
     first, most = bars[0], max(b["rows_per_s"] for b in bars)
     end = TOP + len(bars) * (BAR + GAP) - GAP
-    height = end + 44
+    foot = [f"{figures['date']}, {figures['machine']}", *([figures["note"]] if figures.get("note") else [])]
+    height = end + 28 + 20 * len(foot) + 10
     said = "; ".join(f"{b['name']} {b['rows_per_s']:.1f}" for b in bars)
     title, unit = escape(figures["title"]), escape(figures["unit"])
-    note = f"; {escape(figures['note'])}" if figures.get("note") else ""
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
         'role="img" aria-labelledby="title desc">',
         f'<title id="title">{title}: {unit}</title>',
         f'<desc id="desc">Bar chart, {unit}: {escape(said)}.</desc>',
         f"<style>{STYLE}</style>",
-        f'<text class="title" x="0" y="20">{title}</text>',
-        f'<text class="note" x="0" y="42">{unit} (against the first), peak memory{note}</text>',
+        f'<rect class="ground" width="{WIDTH}" height="{height}" rx="8"/>',
+        f'<text class="title" x="{EDGE}" y="34">{title}</text>',
+        f'<text class="note" x="{EDGE}" y="58">{unit} (against the first), peak memory</text>',
     ]
     for n, b in enumerate(bars):
         y = TOP + n * (BAR + GAP)
@@ -71,7 +75,10 @@ def draw(figures: dict) -> str:
         ]
     lines += [
         f'<path class="axis" d="M{LEFT} {TOP - 8}V{end + 8}"/>',
-        f'<text class="note" x="0" y="{height - 6}">{escape(figures["date"])}, {escape(figures["machine"])}</text>',
+        *(
+            f'<text class="note" x="{EDGE}" y="{end + 36 + 20 * n}">{escape(text)}</text>'
+            for n, text in enumerate(foot)
+        ),
         "</svg>",
     ]
     return "\n".join(lines) + "\n"
