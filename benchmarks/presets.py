@@ -2,9 +2,13 @@
 
 ``python benchmarks/presets.py --data FILE [--presets 3b,7b,13b] [--lengths 512,1024,2048] [--json OUT]`` trains each
 preset at its own batch, length and LoRA for ``--steps`` optimizer steps, on a model of the real shape with random
-weights (`shapes.py`), loaded in NF4 through the product's own path, in a process of its own whose share of the card is
-capped at ``--cap-gib`` (KTO_STUDIO_GPU_GIB). It prints the predicted peak beside
-``torch.cuda.max_memory_reserved`` plus the CUDA context.
+weights (`shapes.py`, a 4-bit checkpoint as the presets' own models are; ``--bf16``: put into 4 bits on loading), loaded
+through the product's own path, in a process of its own whose share of the card is capped at ``--cap-gib``
+(KTO_STUDIO_GPU_GIB). It prints the predicted peak beside ``torch.cuda.max_memory_reserved`` plus the CUDA context.
+
+``python benchmarks/presets.py --data FILE --presets 7b --num-gpus 2`` starts each preset as the product does, in a
+worker of its own, on one GPU and then on that many (each has the preset's batch, so a step has more rows), and prints
+the ratio of the rows a second that the runs' events tell.
 """
 
 from __future__ import annotations
@@ -36,10 +40,11 @@ def one(args) -> dict:
     import torch
 
     from kto_core import config, events, hardware, model, train, train_data
+    from kto_core import run as runs
 
     os.environ[hardware.LIMIT] = str(args.cap_gib)  # also for the child in which Unsloth trains
     shape = args.shape or MODELS[args.preset]
-    name = shape if shape == "demo" else str(shapes.make(shape, Path(args.models) / shape, args.tokenizer))
+    name = str(make_apart(args, shape)) if shape in shapes.SHAPES else shape
     run_dir = Path(args.run_dir)
     overrides = {
         "model": name,
@@ -53,6 +58,8 @@ def one(args) -> dict:
     }
     if args.max_length:
         overrides["max_length"] = args.max_length
+    if args.num_gpus:
+        overrides |= {"num_gpus": args.num_gpus, "worker": "process"}
     resolved = config.resolve(args.preset, overrides)
     c = resolved.config
     tokenizer = model.load_tokenizer(name)
@@ -61,21 +68,27 @@ def one(args) -> dict:
     plan = hardware.plan(c, lengths, packed=planned.packed(c))
     out = {
         "preset": args.preset,
-        "model": shape,
+        "model": Path(name).name,
         "engine": args.engine,
+        "num_gpus": c.num_gpus,
         "max_length": c.max_length,
         "batch": f"{c.per_device_train_batch_size}×{c.gradient_accumulation_steps}",
+        "rows_of_a_step": c.effective_batch_size,
         "r": c.r,
         "mean_tokens": round(sum(lengths) / len(lengths)),
         "predicted_gib": round(plan.predicted_gib, 2),
         "verdict": plan.verdict,
     }
-    if torch.cuda.is_available():
+    here = not args.num_gpus and torch.cuda.is_available()  # else the GPU belongs to the worker
+    if here:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
     try:
-        train.train(c, run_dir)
+        if args.num_gpus:
+            runs.start(runs.create(resolved), block=True)
+        else:
+            train.train(c, run_dir)
     except Exception as e:
         out["error"] = f"{type(e).__name__}: {e}"[:300]
     state = events.fold(events.read(run_dir / "events.jsonl")[0])
@@ -85,17 +98,48 @@ def one(args) -> dict:
     out["log"] = [
         x["text"] for x in state.logs if any(w in x["text"].lower() for w in ("engine", "trainer", "memory"))
     ][:6]
-    speeds = [m for m in state.metrics if m.get("examples_per_second")]
-    for key in ("examples_per_second", "tokens_per_second"):
-        values = sorted(m[key] for m in speeds[1:] if m.get(key))  # the first step warms up
-        out[key] = round(values[len(values) // 2], 2) if values else None
+    out |= speeds(state.metrics)
     out["loss"] = [m["loss"] for m in state.metrics if "loss" in m][:3]
-    if torch.cuda.is_available():
+    if here:
         out["reserved_gib"] = round(torch.cuda.max_memory_reserved() / GIB, 2)
         out["allocated_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 2)
         free, total = torch.cuda.mem_get_info()
         out["context_gib"] = round((total - free) / GIB - torch.cuda.memory_reserved() / GIB, 2)
+    elif seen := [m["gpu_memory"] for m in state.metrics if m.get("gpu_memory")]:
+        out["reserved_gib"] = max(seen)
     return out
+
+
+def make_apart(args, shape: str) -> Path:
+    """The model's folder. With workers it is made by another process, which leaves the GPU to them."""
+    import shapes
+
+    folder = shapes.place(args.models, shape, not args.bf16)
+    if not args.num_gpus:
+        return shapes.make(shape, folder, args.tokenizer, nf4=not args.bf16)
+    command = [sys.executable, shapes.__file__, shape, str(folder)]
+    command += ["--tokenizer", args.tokenizer] if args.tokenizer else []
+    subprocess.run(command + ["--nf4"] * (not args.bf16), check=True, stdout=sys.stderr)
+    return folder
+
+
+def speeds(metrics: list[dict]) -> dict:
+    """Median rows and tokens a second of the steps after the first, which warms up."""
+    timed, found = [m for m in metrics if m.get("examples_per_second")], {}
+    for key in ("examples_per_second", "tokens_per_second"):
+        values = sorted(m[key] for m in timed[1:] if m.get(key))
+        found[key] = round(values[len(values) // 2], 2) if values else None
+    return found
+
+
+def scaling(results: list[dict]) -> str:
+    """What more GPUs brought, in one line: the last result against the first of the same preset and length."""
+    one, many = results[0], results[-1]
+    head = f"{many['preset']}, {many.get('num_gpus', '?')} GPUs against {one.get('num_gpus', '?')}: "
+    a, b = one.get("examples_per_second"), many.get("examples_per_second")
+    if not a or not b:
+        return head + "not measured"
+    return head + f"{b:.2f} against {a:.2f} rows/s, {b / a:.2f} times"
 
 
 def where(run_dir: Path) -> dict:
@@ -108,7 +152,20 @@ def where(run_dir: Path) -> dict:
     return {"state": state.state, "steps": state.step, "log": [x["text"] for x in state.logs][-3:]}
 
 
-def main() -> int:
+def end(run_dir: Path, patience: float = 30.0) -> None:
+    """End a worker that is not waited for: it has a session of its own and would keep the GPU."""
+    from kto_core import alive
+    from kto_core.stopping import STOP_NOW
+
+    if not run_dir.is_dir():
+        return
+    until = time.monotonic() + patience
+    while alive.is_alive(run_dir) and time.monotonic() < until:
+        (run_dir / "stop").write_text(STOP_NOW)
+        time.sleep(0.5)
+
+
+def arguments(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", required=True)
     parser.add_argument("--presets", default="3b,7b,13b,20b")
@@ -118,55 +175,75 @@ def main() -> int:
     parser.add_argument("--cap-gib", type=float, default=24.0)
     parser.add_argument("--models", default=str(Path(tempfile.gettempdir()) / "kto-shapes"))
     parser.add_argument("--tokenizer", help="folder of a tokenizer; default the demo model's")
-    parser.add_argument("--shape", help="another shape than the preset's")
+    parser.add_argument("--shape", help="another shape than the preset's, or a model's folder")
     parser.add_argument("--timeout", type=int, default=400, help="seconds for one preset")
     parser.add_argument("--json", help="write all results here")
+    parser.add_argument("--num-gpus", type=int, help="on one GPU and on N, as the product trains; the ratio")
+    parser.add_argument("--bf16", action="store_true", help="models in bf16, put into 4 bits on loading")
     parser.add_argument("--keep-models", action="store_true", help="do not delete a shape after its preset")
     parser.add_argument("--one", dest="preset", help=argparse.SUPPRESS)
     parser.add_argument("--max-length", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--run-dir", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def apart(args, preset: str, length: int | None, gpus: int | None) -> dict:
+    """`one`, in a process of its own."""
+    run_dir = tempfile.mkdtemp(prefix="kto-bench-")
+    flags = {
+        "--one": preset,
+        "--data": args.data,
+        "--engine": args.engine,
+        "--steps": args.steps,
+        "--cap-gib": args.cap_gib,
+        "--models": args.models,
+        "--tokenizer": args.tokenizer,
+        "--shape": args.shape,
+        "--max-length": length,
+        "--num-gpus": gpus,
+        "--run-dir": run_dir,
+    }
+    command = [sys.executable, __file__, *(["--bf16"] if args.bf16 else [])]
+    for flag, value in flags.items():
+        command += [flag, str(value)] if value else []
+    with tempfile.TemporaryDirectory(prefix="kto-bench-runs-") as runs:
+        env = os.environ | {"KTO_STUDIO_RUNS": runs}
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=args.timeout, env=env)
+            line = next((x for x in reversed(done.stdout.splitlines()) if x.startswith("RESULT ")), None)
+            tail = (done.stderr or done.stdout)[-1500:]
+            result = json.loads(line[7:]) if line else {"preset": preset, "num_gpus": gpus or 1, "error": tail}
+        except subprocess.TimeoutExpired:
+            result = {"preset": preset, "max_length": length, "num_gpus": gpus or 1}
+            result |= {"error": f"not done in {args.timeout} s"} | where(Path(run_dir))
+            end(Path(run_dir))
+    shutil.rmtree(run_dir, ignore_errors=True)
+    return result
+
+
+def main(argv=None) -> int:
+    args = arguments(argv)
     if args.preset:
         print("RESULT " + json.dumps(one(args)), flush=True)
         return 0
+    import shapes
+
     results = []
+    counts = list(dict.fromkeys([1, args.num_gpus])) if args.num_gpus else [None]
     for preset in args.presets.split(","):
         for length in [None, *(int(x) for x in args.lengths.split(",") if x)]:
-            command = [
-                sys.executable,
-                __file__,
-                "--one",
-                preset,
-                "--data",
-                args.data,
-                "--engine",
-                args.engine,
-                "--steps",
-                str(args.steps),
-                "--cap-gib",
-                str(args.cap_gib),
-                "--models",
-                args.models,
-            ]
-            run_dir = tempfile.mkdtemp(prefix="kto-bench-")
-            flags = {"--tokenizer": args.tokenizer, "--shape": args.shape, "--max-length": length, "--run-dir": run_dir}
-            for flag, value in flags.items():
-                command += [flag, str(value)] if value else []
-            try:
-                done = subprocess.run(command, capture_output=True, text=True, timeout=args.timeout)
-                line = next((x for x in reversed(done.stdout.splitlines()) if x.startswith("RESULT ")), None)
-                tail = (done.stderr or done.stdout)[-1500:]
-                result = json.loads(line[7:]) if line else {"preset": preset, "error": tail}
-            except subprocess.TimeoutExpired:
-                result = {"preset": preset, "max_length": length, "error": f"not done in {args.timeout} s"}
-                result |= where(Path(run_dir))
-            shutil.rmtree(run_dir, ignore_errors=True)
-            print(json.dumps(result, ensure_ascii=False), flush=True)
-            results.append(result)
+            compared = []
+            for gpus in counts:
+                compared.append(apart(args, preset, length, gpus))
+                print(json.dumps(compared[-1], ensure_ascii=False), flush=True)
+            results += compared
+            if len(compared) > 1:
+                print(scaling(compared), flush=True)
             if args.json:
                 Path(args.json).write_text(json.dumps(results, indent=1, ensure_ascii=False))
-        if not args.keep_models:
-            shutil.rmtree(Path(args.models) / (args.shape or MODELS[preset]), ignore_errors=True)
+        shape = args.shape or MODELS[preset]
+        if shape in shapes.SHAPES and not args.keep_models:
+            shutil.rmtree(shapes.place(args.models, shape, not args.bf16), ignore_errors=True)
     return 0
 
 

@@ -222,3 +222,122 @@ def test_running_out_of_memory_is_not_another_error(tiny_model, monkeypatch):
     monkeypatch.setattr(kto_step, "load", load(RuntimeError("shapes do not match")))
     with pytest.raises(RuntimeError, match="shapes"):
         longest_row.attempt(args)
+
+
+# ---- presets.py -----------------------------------------------------------------------------------------------------
+
+
+def test_more_gpus_are_compared_with_one():
+    import presets
+
+    one = {"preset": "7b", "num_gpus": 1, "examples_per_second": 20.0}
+    two = {"preset": "7b", "num_gpus": 2, "examples_per_second": 37.0}
+    assert presets.scaling([one, two]) == "7b, 2 GPUs against 1: 37.00 against 20.00 rows/s, 1.85 times"
+    failed = {"preset": "7b", "num_gpus": 2, "error": "no second GPU"}
+    assert presets.scaling([one, failed]) == "7b, 2 GPUs against 1: not measured"
+
+
+def test_each_preset_is_run_on_one_gpu_and_on_many(monkeypatch, capsys):
+    import presets
+
+    asked = []
+
+    def apart(args, preset, length, gpus):
+        asked.append((preset, length, gpus))
+        return {"preset": preset, "num_gpus": gpus or 1, "examples_per_second": 10.0 * (gpus or 1)}
+
+    monkeypatch.setattr(presets, "apart", apart)
+    presets.main(["--data", "x", "--presets", "3b,7b", "--lengths", "512", "--num-gpus", "2"])
+    assert asked == [(p, n, g) for p in ("3b", "7b") for n in (None, 512) for g in (1, 2)]
+    assert capsys.readouterr().out.count("rows/s, 2.00 times") == 4
+    asked.clear()
+    presets.main(["--data", "x", "--presets", "3b"])
+    assert asked == [("3b", None, None)]
+
+
+def test_a_preset_in_the_products_own_worker(tiny_model, tmp_path, monkeypatch):
+    """What `--num-gpus 1` measures: the speed that the run's events tell, the first step left out."""
+    from training import make_data
+
+    import presets
+    from kto_core import hardware
+
+    monkeypatch.setenv(hardware.LIMIT, "24")  # `one` sets it for its own process
+    data = make_data(tmp_path / "rows.jsonl")
+    flags = [
+        "--one",
+        "demo",
+        "--max-length",
+        "256",
+        "--data",
+        str(data),
+        "--shape",
+        str(tiny_model),
+        "--steps",
+        "2",
+        "--num-gpus",
+        "1",
+    ]
+    found = presets.one(presets.arguments([*flags, "--run-dir", str(tmp_path / "run")]))
+    assert (found["state"], found["steps"], found["num_gpus"]) == ("finished", 2, 1), found
+    assert found["examples_per_second"] > 0 and found["rows_of_a_step"] == 8
+    assert (tmp_path / "run" / "worker.log").exists()
+
+
+# ---- picture.py -----------------------------------------------------------------------------------------------------
+
+
+def test_the_picture_is_what_the_figures_make():
+    """Whoever changes the figures draws it anew: `python benchmarks/picture.py`."""
+    import picture
+
+    assert picture.OUT.read_text(encoding="utf-8") == picture.draw(json.loads(picture.DATA.read_text(encoding="utf-8")))
+
+
+def test_the_pictures_figures_are_those_of_the_results():
+    import picture
+
+    figures = json.loads(picture.DATA.read_text(encoding="utf-8"))
+    results = (ROOT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
+    for bar in figures["bars"]:
+        assert f"| {bar['rows_per_s']:.2f} | {bar['tokens_per_s']:,} |" in results, bar["name"]
+    for key in ("date", "versions", "command"):
+        assert figures[key] in results.replace("\n", " ")
+
+
+def test_a_picture_has_bars_in_proportion_and_says_them_in_words(tmp_path):
+    import xml.etree.ElementTree as ET
+
+    import picture
+
+    bars = [{"name": "A & B", "rows_per_s": 2, "peak_gib": 1}, {"name": "C", "rows_per_s": 8, "peak_gib": 2}]
+    figures = {"title": "T <1>", "unit": "rows a second", "date": "D", "machine": "M", "bars": bars}
+    (tmp_path / "f.json").write_text(json.dumps(figures))
+    assert picture.main(["--data", str(tmp_path / "f.json"), "--out", str(tmp_path / "p.svg")]) == 0
+    svg = "{http://www.w3.org/2000/svg}"
+    root = ET.parse(tmp_path / "p.svg").getroot()
+    first, second = (float(r.get("width")) for r in root.iter(f"{svg}rect") if r.get("class") != "ground")
+    assert second == pytest.approx(4 * first) and root.find(f"{svg}title").text == "T <1>: rows a second"
+    assert root.find(f"{svg}desc").text == "Bar chart, rows a second: A & B 2.0; C 8.0."
+    assert any("(4.0×), 2.0 GiB" in "".join(t.itertext()) for t in root.iter(f"{svg}text"))
+
+
+def test_the_pictures_colours_can_be_told_from_the_ground():
+    import re
+
+    import picture
+
+    def contrast(a: str, b: str) -> float:
+        def light(colour: str) -> float:
+            parts = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+            linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+            return sum(w * p for w, p in zip((0.2126, 0.7152, 0.0722), linear, strict=True)) + 0.05
+
+        return max(light(a), light(b)) / min(light(a), light(b))
+
+    for theme in picture.STYLE.split("@media"):
+        colours = dict(re.findall(r"(\.?\w+) \{[^}]*(?:fill|stroke): (#\w{6})", theme))
+        assert len(colours) == 6
+        for name, colour in colours.items():
+            least = {"text": 7, ".note": 7, ".ground": 1}.get(name, 3)
+            assert contrast(colour, colours[".ground"]) >= least, (name, colour)
