@@ -10,7 +10,7 @@ measured twice: cold, where scoring the reference counts, and warm, where the re
 run before. With ``--precompute`` TRL and Unsloth score the reference before they train as well, and are measured in
 the same two ways. ``--micro-batches`` and ``--checkpointing both`` try TRL and Unsloth at several settings of the same
 optimizer batch and keep the fastest (the packed engine chooses for itself). The first steps of each run are not timed.
-Ratios are rows/s against the first engine named.
+Ratios are rows/s against the first engine named, cold against cold and warm against warm where there are both.
 
 ``of peak`` is the share of the device's matrix rate that the timed steps reach: operations of the products with the
 frozen weights of the decoder layers (every token that went through them counts, padding too: the policy's forward and
@@ -50,6 +50,7 @@ def arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--lora-r", type=int, default=16)
     parser.add_argument("--load-in-4bit", action="store_true")
+    parser.add_argument("--bf16", action="store_true", help="a shape is made in bf16 and put into 4 bits on loading")
     parser.add_argument("--optim", help=f"default {OPTIMIZERS[True]} on a GPU, {OPTIMIZERS[False]} on a CPU")
     parser.add_argument(
         "--precompute", action="store_true", help="TRL, Unsloth: score the reference before training, not in the step"
@@ -119,7 +120,7 @@ def worker(args: argparse.Namespace) -> dict:
     if gpu and args.cap_gib:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, args.cap_gib * 2**30 / total))
-    folder = model_folder(args.model, args.load_in_4bit)
+    folder = model_folder(args.model, args.load_in_4bit and not args.bf16)
     encoded, labels, tokenizer = rows(args, folder)
     tokens = sum(len(e.prompt_ids) + len(e.completion_ids) for e in encoded)
     from kto_core.trainer import encoded_dataset
@@ -167,9 +168,9 @@ def worker(args: argparse.Namespace) -> dict:
         return {"cold": cold, "warm": speeds(step)} if args.precompute and args.worker != "packed" else cold
 
     result = {"cold": run(args.cache), "warm": run(args.cache)} if args.worker == "packed" else run()
-    rate = matrix_rate("cuda" if gpu else "cpu")
+    most = matrix_rate("cuda" if gpu else "cpu")
     for found in (result["cold"], result["warm"]) if "cold" in result else (result,):
-        found |= {"matrix_tflops": rate / 1e12, "of_peak": found["tflops"] * 1e12 / rate}
+        found |= {"matrix_tflops": most / 1e12, "of_peak": found["tflops"] * 1e12 / most}
     return result
 
 
@@ -475,14 +476,20 @@ def measure(args: argparse.Namespace, argv: list[str]) -> dict:
                 engines[name]["tried"] = [r for r in found if r is not engines[name]]
         else:
             engines[name] = {"error": next(text for (n, _), text in errors.items() if n == name)}
-    result = {"rows": args.rows, "engines": engines, "ratio": {}}
-    base = rate(engines.get(args.names[0], {}))
-    for name in args.names[1:]:
-        if base and name == "packed" and "cold" in engines[name]:
-            result["ratio"] |= {kind: engines[name][kind]["rows_per_s"] / base for kind in ("cold", "warm")}
-        elif base and rate(engines[name]):
-            result["ratio"][name] = rate(engines[name]) / base
-    return result
+    return {"rows": args.rows, "engines": engines, "ratio": ratios(engines, args.names)}
+
+
+def ratios(engines: dict, names: list[str]) -> dict[str, float]:
+    """Speeds against the first engine's; where both are measured cold and warm, each against its like."""
+    found: dict[str, float] = {}
+    first = engines[names[0]]
+    for name in names[1:]:
+        for kind in ("cold", "warm") if "cold" in engines[name] else ("",):
+            own, base = rate(engines[name], kind), rate(first, kind)
+            if own and base:
+                label = kind if name == "packed" else f"{name} {kind}".strip()
+                found[label] = own / base
+    return found
 
 
 def child(argv: list[str], show: bool = False) -> dict:
@@ -512,8 +519,9 @@ def middle(found: list[dict]) -> dict:
     return first | {key: choose(f[key] for f in found) for key, choose in (pick | {"peak_gib": max}).items()}
 
 
-def rate(engine: dict) -> float | None:
-    return engine.get("cold", engine).get("rows_per_s")
+def rate(engine: dict, kind: str = "cold") -> float | None:
+    """Rows a second; of an engine measured in two ways those of a first run, or ``kind``'s."""
+    return engine.get(kind or "cold", engine).get("rows_per_s")
 
 
 def table(engines: dict) -> str:
@@ -547,8 +555,8 @@ def main(argv=None) -> int:
         print(json.dumps(result))
     else:
         print(table(result["engines"]))
-        ratios = "  ".join(f"{kind} x{ratio:.2f}" for kind, ratio in result["ratio"].items())
-        print(f"{ratios} (against {args.names[0]})")
+        line = "  ".join(f"{kind} x{ratio:.2f}" for kind, ratio in result["ratio"].items())
+        print(f"{line} (against {args.names[0]})")
     return 0 if all("error" not in v for v in result["engines"].values()) else 1
 
 

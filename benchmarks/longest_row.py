@@ -35,6 +35,7 @@ def arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--engines", default=",".join(ENGINES), help="comma-separated (default: %(default)s)")
     parser.add_argument("--model", default="demo", help="demo, a folder, or shape:NAME (random weights; see shapes.py)")
     parser.add_argument("--load-in-4bit", action="store_true")
+    parser.add_argument("--bf16", action="store_true", help="a shape is made in bf16 and put into 4 bits on loading")
     parser.add_argument("--lora-r", type=int, default=64)
     parser.add_argument("--cap-gib", type=float, default=24.0, help="memory of a process (default: %(default)s)")
     parser.add_argument("--low", type=int, default=512, help="shortest row tried (default: %(default)s)")
@@ -122,7 +123,7 @@ def _attempt(args, found: dict) -> None:
         torch.set_num_threads(args.threads)
     gpu = torch.cuda.is_available()
     engine = "packed" if args.worker == "forced" else args.worker
-    folder = kto_step.model_folder(args.model, args.load_in_4bit)
+    folder = kto_step.model_folder(args.model, args.load_in_4bit and not args.bf16)
     tokenizer = load_tokenizer(folder)
     encoded, labels = rows(args.length, 2, len(tokenizer))
     flags = ["--data", "none", "--max-length", str(args.length), "--lora-r", str(args.lora_r)]

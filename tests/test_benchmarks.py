@@ -1,5 +1,6 @@
 """The parts of benchmarks/ that need no GPU: what they count, search, draw and write."""
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -87,6 +88,43 @@ def test_settings_keep_the_rows_of_a_step():
     assert step("--no-gradient-checkpointing").checkpointing == "off"
 
 
+def test_ratios_compare_like_with_like():
+    import kto_step
+
+    def both(cold: float, warm: float) -> dict:
+        return {"cold": {"rows_per_s": cold}, "warm": {"rows_per_s": warm}}
+
+    names = ["trl", "packed", "unsloth"]
+    engines = {"trl": {"rows_per_s": 2.0}, "packed": both(6.0, 10.0), "unsloth": {"rows_per_s": 3.0}}
+    assert kto_step.ratios(engines, names) == {"cold": 3.0, "warm": 5.0, "unsloth": 1.5}
+    engines = {"trl": both(2.0, 4.0), "packed": both(6.0, 10.0), "unsloth": both(3.0, 8.0)}
+    assert kto_step.ratios(engines, names) == {"cold": 3.0, "warm": 2.5, "unsloth cold": 1.5, "unsloth warm": 2.0}
+    engines = {"trl": {"error": "none"}, "packed": both(6.0, 10.0), "unsloth": {"error": "none"}}
+    assert kto_step.ratios(engines, names) == {}
+
+
+def test_an_engine_counts_at_its_fastest_setting(monkeypatch, capsys):
+    import kto_step
+
+    def child(argv, show=False):
+        args = kto_step.arguments(argv)
+        if args.worker == "trl" and args.checkpointing == "off":
+            return {"error": "out of memory"}
+        found = {"rows_per_s": float(args.batch_size), "tokens_per_s": 1.0, "peak_gib": 1.0, "tflops": 1.0,
+                 "matrix_tflops": 4.0, "of_peak": 0.25, "micro_batch": args.batch_size,
+                 "checkpointing": args.checkpointing}  # fmt: skip
+        return found if args.worker == "trl" else {"error": "no unsloth"}
+
+    monkeypatch.setattr(kto_step, "child", child)
+    argv = ["--data", "x", "--engines", "trl,unsloth", "--micro-batches", "2,8", "--checkpointing", "both"]
+    assert kto_step.main(argv) == 1
+    out, err = capsys.readouterr()
+    assert [line for line in out.splitlines() if line.startswith("trl")][0].endswith("micro-batch 8, checkpointing on")
+    assert err.count("failed: out of memory") == 3 and "unsloth --batch-size 2 --accumulation 4" in err
+    trl = kto_step.measure(kto_step.arguments(argv), argv)["engines"]["trl"]
+    assert [t["micro_batch"] for t in trl["tried"]] == [4, 2]
+
+
 def test_the_work_of_a_step_is_counted(tiny_model):
     """Two layers of 4 projections 64 wide (K and V half) and an FFN of 128, by hand."""
     import kto_step
@@ -119,12 +157,13 @@ def test_the_matrix_rate_is_that_of_one_product():
 
 
 @pytest.mark.parametrize("engine", ["trl", "packed"])
-def test_an_engine_is_measured_with_and_without_the_reference(tiny_model, tmp_path, engine):
+def test_an_engine_is_measured_with_and_without_the_reference(tiny_model, tmp_path, monkeypatch, engine):
     import kto_step
     from training import make_data
 
-    flags = ["--model", str(tiny_model), "--rows", "24", "--batch-size", "2", "--accumulation", "2", "--lora-r", "4",
+    flags = ["--model", str(tiny_model), "--rows", "16", "--batch-size", "2", "--accumulation", "2", "--lora-r", "4",
              "--max-length", "256", "--precompute", "--worker", engine, "--cache", str(tmp_path / "cache")]  # fmt: skip
+    monkeypatch.setattr(kto_step, "matrix_rate", functools.partial(kto_step.matrix_rate, size=512, repeat=3))
     found = kto_step.worker(kto_step.arguments(["--data", str(make_data(tmp_path / "rows.jsonl")), *flags]))
     assert found["cold"]["rows_per_s"] > 0 and found["warm"]["rows_per_s"] > 0
     if engine == "trl":  # one training, timed with and without what came before it
