@@ -225,7 +225,7 @@ def _parts(c: RunConfig, s: Shape, moving: dict[str, float], k: Coefficients, gp
     adapters = s.lora_parameters(c.target_modules, c.r)
     bytes_ = {
         "weights": s.linear_parameters * linear + s.other_parameters * number,
-        "adapters": adapters * (k.adapter + (k.ddp if c.num_gpus > 1 else 0)),
+        "adapters": adapters * (k.adapter + (k.ddp if c.num_gpus > 1 and _engine(c, s) != "packed" else 0)),
         "optimizer": adapters * (k.adam8 if "8bit" in c.optim else k.adam32),
         **moving,
         "dequantized layer": 2 * _largest(s) * number if four_bits else 0,

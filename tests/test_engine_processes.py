@@ -13,6 +13,7 @@ from training import state, wait
 from kto_core import ranks
 
 ROOT = Path(__file__).resolve().parent.parent
+TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 SCRIPT = """
 import os, sys
 sys.path[:0] = [{root!r}, {tests!r}]
@@ -29,6 +30,7 @@ for kl_group in ("batch", "microbatch"):
     args = t.arguments(out, per_device_train_batch_size=4 // world)
     trainer = t.packed(out, tokenizer, t.dataset(17), args=args, kl_group=kl_group, reference_cache=False)
     trainer.train()
+    assert trainer.model_wrapped is trainer.model  # its forward passes would go past DDP, whose buckets cost memory
     if int(os.environ.get("RANK", 0)) == 0:
         for m in t.metrics(trainer):
             print("STEP", *(m[k] for k in ("loss", "kl", "grad_norm", "logps/chosen", "num_tokens")))
@@ -47,11 +49,33 @@ def lines(tmp_path, demo_model, launcher):
 
 def test_two_processes_equal_one(tmp_path, demo_model):
     one = lines(tmp_path, demo_model, [sys.executable])
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    two = lines(tmp_path, demo_model, launcher)
+    two = lines(tmp_path, demo_model, TWO)
     assert len(one) == len(two) == 12
     for a, b in zip(one, two, strict=True):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-4)
+
+
+ALIKE = """
+import torch, torch.distributed as dist
+import sys
+sys.path.insert(0, {root!r})
+from kto_core.engine.adapters import alike
+dist.init_process_group("gloo")
+torch.manual_seed(dist.get_rank())
+p = torch.nn.Parameter(torch.randn(3))
+before, found = p.data.clone(), [torch.empty(3), torch.empty(3)]
+alike({{"a": p}})
+dist.all_gather(found, p.data)
+assert torch.equal(*found) and (dist.get_rank() > 0) != torch.equal(p.data, before)
+dist.destroy_process_group()
+"""
+
+
+def test_adapters_begin_alike(tmp_path):
+    script = tmp_path / "alike.py"
+    script.write_text(ALIKE.format(root=str(ROOT)))
+    done = subprocess.run([*TWO, str(script)], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("engine", ["packed", "trl"])
@@ -63,10 +87,9 @@ def test_a_run_on_two_processes_ends_well(tmp_path, tiny_model, engine):
 
     data = make_data(tmp_path / "rows.jsonl", 32)
     one = runs.create(resolved(tiny_model, data, max_steps=3, engine=engine, output_dir=str(tmp_path / "run")))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "PYTHONPATH": str(ROOT),
            "KTO_STUDIO_CACHE": str(tmp_path / "cache")}  # fmt: skip
-    command = [*launcher, "-m", "kto_core.worker", str(one.path), "--lock-fd", "-1"]
+    command = [*TWO, "-m", "kto_core.worker", str(one.path), "--lock-fd", "-1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     ended = one.state()
@@ -81,10 +104,9 @@ def begun(tmp_path, tiny_model, **overrides):
 
     data = make_data(tmp_path / "rows.jsonl", 32)
     one = runs.create(resolved(tiny_model, data, output_dir=str(tmp_path / "run"), **overrides))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "PYTHONPATH": str(ROOT),
            "KTO_STUDIO_CACHE": str(tmp_path / "cache")}  # fmt: skip
-    command = [*launcher, "-m", "kto_core.worker", str(one.path), "--lock-fd", "-1"]
+    command = [*TWO, "-m", "kto_core.worker", str(one.path), "--lock-fd", "-1"]
     with open(one.path / "worker.log", "ab") as log:
         return one, subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True)
 

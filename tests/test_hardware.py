@@ -318,6 +318,14 @@ def test_more_of_anything_needs_more():
     assert need(dtype="float32") > base and need(num_gpus=1, target_modules="q_proj,v_proj") < base
 
 
+def test_only_ddp_keeps_buckets_of_the_gradients():
+    def adapters(**overrides) -> float:
+        return hardware.plan(resolve(**overrides), LENGTHS, device=CARD).parts["adapters"]
+
+    assert adapters(engine="packed", num_gpus=2) == adapters(engine="packed") == adapters(engine="trl")
+    assert adapters(engine="trl", num_gpus=2) == pytest.approx(1.5 * adapters(engine="trl"))
+
+
 def test_a_checkpoint_that_is_quantized_stays_so():
     plain = resolve(load_in_4bit=False)  # the preset's model is quantized on the Hub already
     assert hardware.plan(plain, LENGTHS, device=CARD).parts["weights"] < 5

@@ -38,6 +38,16 @@ def trainable(model) -> dict:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def alike(parameters: dict) -> None:
+    """Give every process the main one's values of these parameters, which begin as random numbers."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    for p in parameters.values():
+        dist.broadcast(p.data, src=0)
+
+
 class Reference:
     """The policy at the start of the run.
 

@@ -25,7 +25,7 @@ from ..errors import DataError, HardwareError, ModelError
 from ..jobs import Progress, no_progress
 from ..model import keep_weights_trainable
 from . import memory, retry
-from .adapters import Reference, check_adapter, trainable
+from .adapters import Reference, alike, check_adapter, trainable
 from .batches import GroupLoader, Planner, longest, planned_pairs
 from .evaluation import Evaluation
 from .metrics import record
@@ -119,6 +119,9 @@ class PackedKTOTrainer(Evaluation, KTOTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        # passes go past any wrapper and gradients are summed here: DDP would keep 4 bytes a parameter for nothing
+        self.accelerator.prepare_model = lambda model, *_, **__: model
+        alike(trainable(self.model))
         self.ref_model = None
         self._is_vision_dataset = self._is_vlm = False
         self.maybe_activation_offload_context = contextlib.nullcontext()
