@@ -57,6 +57,7 @@ class RunCallback:
         if self.watch.now.is_set():
             raise StopNow("Stopped at once; the last checkpoint is the newest saved state.")
         if agreed(self.watch.look(), args):
+            self.watch.asked.set()  # in every process: what comes after the last step depends on it
             control.should_save = control.should_training_stop = True  # an evaluation that is due is still made
 
     def on_save(self, args, state, control, **_):

@@ -6,6 +6,8 @@ run's folder. Standard library only.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import ctypes
 import os
 import re
@@ -14,13 +16,27 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import NoReturn
 
+from .errors import KTOError
 from .events import read
 
 PR_SET_PDEATHSIG = 1
 TERMINAL = ("finished", "stopped", "failed")
 PATIENCE = 5.0  # seconds in which a process ends by itself after the main one has said how the run ended
 ERROR = re.compile(r"(?:\[rank\d+\]: *)?((?:\w+\.)*\w*(?:Error|Exception|Interrupt)): ?(.*)")
+WORKER = b"kto_core.worker"  # a word of the launcher's command line
+LOST = ("closed by peer", "reset by peer", "remote process exited", "remote worker crashing",
+        "Connection was likely closed", "Broken pipe", "Timed out waiting")  # fmt: skip
+
+
+class LostError(KTOError):
+    """Another process of the run is gone, or does not answer: what happened there is the story, not this."""
+
+
+def lost(e: BaseException) -> bool:
+    """Whether an error of this process only says that another one is gone."""
+    return several() and isinstance(e, RuntimeError) and any(words in str(e) for words in LOST)
 
 
 def rank() -> int:
@@ -35,10 +51,22 @@ def die_with_launcher() -> None:
     """Be killed when the launcher is: nobody else knows of this process, and the run's lock is free then (Linux)."""
     if not several() or sys.platform != "linux":
         return
-    launcher = os.getppid()
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != launcher:  # it died in between
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # when its main thread ends, in which it starts us
+    try:
+        parent = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        parent = []
+    if WORKER not in parent:  # it died before that; who adopted us would never end us
         os._exit(1)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process without its libraries' destructors: NCCL's may wait for processes that are gone."""
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def end_with_main(run_dir: Path) -> None:
@@ -70,11 +98,13 @@ def note_error(run_dir: Path, message: str) -> None:
     """Keep what went wrong in this rank for whoever says how the run ended."""
     path = run_dir / f"rank-{rank()}.error"
     part = path.with_name(path.name + ".part")
-    part.write_text(message, encoding="utf-8")
-    os.replace(part, path)
+    with contextlib.suppress(OSError):  # a full disk has no room for its own message
+        part.write_text(message, encoding="utf-8")
+        os.replace(part, path)
 
 
 def forget_errors(run_dir: Path) -> None:
+    """Before a start: what an earlier one left says nothing about it."""
     for path in run_dir.glob("rank-*.error"):
         path.unlink(missing_ok=True)
 
@@ -82,10 +112,17 @@ def forget_errors(run_dir: Path) -> None:
 def first_error(run_dir: Path) -> str:
     """What went wrong first in another rank: the lost connection that the main one complains of comes of that."""
     try:
-        found = sorted(run_dir.glob("rank-*.error"), key=lambda p: p.stat().st_mtime)
+        found = sorted(run_dir.glob("rank-*.error"), key=lambda p: p.stat().st_mtime_ns)
         return found[0].read_text(encoding="utf-8").strip() if found else ""
     except OSError:
         return ""
+
+
+def killed_by(log: str) -> int:
+    """The signal that ended a process, from the launcher's report of the failed ones; 0 if none did."""
+    report = log[log.rfind("ChildFailedError") :] if "ChildFailedError" in log else ""
+    found = re.search(r"exitcode *: -(\d+) ", report)
+    return int(found[1]) if found else 0
 
 
 def said_last(log: str) -> str:

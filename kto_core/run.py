@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import alive, checkpoints, run_queue
+from . import alive, checkpoints, ranks, run_queue
 from .errors import BusyError, DiskError, RunError
 from .events import EventLog, RunState, fold, read
 from .paths import runs_dir
@@ -113,7 +113,10 @@ class Run:
         return known.state
 
     def _mark_interrupted(self, known: _Folded, reason: str) -> None:
-        """Under the run's lock, so that nobody who trains is contradicted and two readers write it once."""
+        """Under the run's lock, so that nobody who trains is contradicted and two readers write it once.
+
+        An error that a rank above 0 left makes it a failure: the main process waited for that one, and was ended.
+        """
         try:
             alive.acquire(self.path, self.id)
         except (BusyError, DiskError):  # begun again meanwhile, or a folder that cannot be written
@@ -122,12 +125,17 @@ class Run:
         try:
             if not self._catch_up(known).terminal:
                 at = f"after step {known.state.step:,}" if known.state.step else "before the first step"
-                message = f"Interrupted {at}: {reason} Resume goes on."
+                error = ranks.first_error(self.path)
+                state = "failed" if error else "interrupted"
+                message = error or f"Interrupted {at}: {reason} Resume goes on."
+                events = EventLog(self.path / "events.jsonl")
                 try:
-                    EventLog(self.path / "events.jsonl").status("interrupted", message=message)
+                    if error:
+                        events.append("error", message=error)
+                    events.status(state, message=message)
                 except OSError as e:  # shown all the same; who looks when there is room again writes it down
                     message = f"Interrupted {at}: its folder cannot be written ({e.strerror}). Mend that, then resume."
-                known.state.state, known.state.message = "interrupted", message
+                known.state.state, known.state.message = state, message
         finally:
             alive.release(self.path)
 
@@ -331,8 +339,9 @@ def _make_way(old: Run) -> None:
     if old.checkpoints() or old.adapter:
         os.replace(old.path, old.path.with_name(f"{old.id}-before-{time.strftime('%Y%m%d-%H%M%S')}"))
         return
-    for name in OURS:
-        (old.path / name).unlink(missing_ok=True)
+    for file in [*(old.path / name for name in OURS), *old.path.glob("rank-*.log")]:
+        file.unlink(missing_ok=True)
+    ranks.forget_errors(old.path)
 
 
 def start(run: Run, *, block: bool = False, queue: bool = False) -> None:
@@ -358,6 +367,7 @@ def start(run: Run, *, block: bool = False, queue: bool = False) -> None:
     try:
         (run.path / "stop").unlink(missing_ok=True)
         run_queue.leave(run.path)  # of a process that died while it waited
+        ranks.forget_errors(run.path)
         EventLog(run.path / "events.jsonl").status("preparing", message="Starting.")
         worker = in_process if config.worker == "process" or config.needs_process else in_thread
         if other or holder:

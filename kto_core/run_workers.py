@@ -81,6 +81,7 @@ def in_process(run: Run, config: RunConfig) -> threading.Thread:
         command = [sys.executable, "-m", "kto_core.worker", str(run.path), "--lock-fd", str(fd)]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     with open(run.path / "worker.log", "ab") as log:
+        begin = log.tell()
         child = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -93,12 +94,13 @@ def in_process(run: Run, config: RunConfig) -> threading.Thread:
     alive.release(run.path)  # our copy of the file; the child has its own
 
     _supervised.add(run.path)
-    thread = threading.Thread(target=_supervise, args=(run, child), name=f"supervise-{run.id}", daemon=True)
+    thread = threading.Thread(target=_supervise, args=(run, child, begin), name=f"supervise-{run.id}", daemon=True)
     thread.start()
     return thread
 
 
-def _supervise(run: Run, child: subprocess.Popen) -> None:
+def _supervise(run: Run, child: subprocess.Popen, begin: int) -> None:
+    """Wait for the child's end; what it says stands in worker.log from byte ``begin``."""
     waited = 0.0
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -108,18 +110,21 @@ def _supervise(run: Run, child: subprocess.Popen) -> None:
             waited = waited + POLL if (run.path / "stop").read_text() else 0.0
         if waited > PATIENCE:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
-    run.note_interrupted(_ending(child.returncode, run))
+                os.killpg(child.pid, signal.SIGKILL)  # a launcher's processes die with it
+    run.note_interrupted(_ending(child.returncode, run, begin))
     _supervised.discard(run.path)
 
 
-def _ending(code: int, run: Run) -> str:
+def _ending(code: int, run: Run, begin: int = 0) -> str:
+    log = ""
+    with contextlib.suppress(OSError), open(run.path / "worker.log", "rb") as file:
+        file.seek(begin)
+        log = file.read().decode(errors="replace")
+    if code > 0 and (killed := ranks.killed_by(log)):
+        code = -killed
     if code < 0:
         name = signal.Signals(-code).name
         hint = " Often the machine's memory was full." if name == "SIGKILL" else ""
         return f"the training process was ended by {name}.{hint}"
-    said = ranks.first_error(run.path)
-    if not said:
-        with contextlib.suppress(OSError):
-            said = ranks.said_last((run.path / "worker.log").read_text(errors="replace"))
+    said = ranks.said_last(log)
     return f"the training process ended with code {code} ({said[:300] or 'it said nothing'})."

@@ -26,11 +26,13 @@ class StopWatch:
     """Watches the run's stop file in a small thread, so that a request is answered within a moment.
 
     ``asked`` is set by the first request, ``now`` by the second; then ``on_now`` is called (a child ends itself).
+    ``cancel`` is for work whose cancelling all processes of a run agree on.
     """
 
     def __init__(self, run_dir: Path, events: EventLog, on_now: Callable[[], None] | None = None):
         self.file, self.events, self.on_now = run_dir / "stop", events, on_now
         self.asked, self.now = threading.Event(), threading.Event()
+        self.cancel = self.asked
         self._done = threading.Event()
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._watch, name="stop-watch", daemon=True)
@@ -68,6 +70,22 @@ class StopWatch:
         """For the time before the first step: nothing is to be saved yet."""
         if self.look():
             raise Stopped("Stopped before the first step.")
+
+
+class Follower(StopWatch):
+    """For ranks above 0, which never stop by themselves: the main process would wait for them in its next collective.
+
+    ``asked`` is set when all have agreed on it (`callbacks.RunCallback`); `ranks.end_with_main` ends who waits.
+    """
+
+    def __init__(self, run_dir: Path, events: EventLog):
+        super().__init__(run_dir, events)
+        self.cancel = threading.Event()
+
+    def look(self) -> bool:
+        if self.file.exists():
+            self.cancel.set()
+        return self.asked.is_set()
 
 
 def end_process() -> None:

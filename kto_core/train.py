@@ -59,7 +59,6 @@ def train(config: RunConfig, run_dir: Path, *, end_on_second_stop: bool = False)
 def _guarded(config: RunConfig, run_dir: Path, events: EventLog, end_on_second_stop: bool) -> tuple[str, str]:
     """Run `_train`; whatever happens becomes the terminal state and its message."""
     events.status("preparing", message="Starting.")
-    ranks.forget_errors(run_dir)
     from .train_logs import captured
 
     with captured(events, run_dir / "train.log") as log:
@@ -80,11 +79,12 @@ def _guarded(config: RunConfig, run_dir: Path, events: EventLog, end_on_second_s
                 return _train(config, run_dir, events, watch)
         except Exception as e:
             kept = traceback.format_exc()
-            if isinstance(e, Stopped | StopNow | Cancelled):
-                return "stopped", str(e)
             error = e if isinstance(e, KTOError) else _understood(e)
-            if error is None and (first := ranks.first_error(run_dir)):
-                error = KTOError(f"GPU process: {first}")
+            second = error is None or isinstance(error, Stopped | StopNow | Cancelled | ranks.LostError)
+            if second and (first := ranks.first_error(run_dir)):  # why nobody answers, or the launcher ended us
+                error = KTOError(first)
+            elif isinstance(e, Stopped | StopNow | Cancelled):
+                return "stopped", str(e)
             if error is None:
                 log.error("unexpected\n%s", kept)
                 message = f"Unexpected {type(e).__name__}: {str(e)[:300]}. Please report it; train.log has the details."
@@ -102,27 +102,34 @@ def _train_helper(config: RunConfig, run_dir: Path) -> None:
     """Ranks above 0: the same steps, into a log of their own that nobody shows. How the run ended is not theirs to say.
 
     Raises:
-        Exception: what went wrong, after it was kept for the main process.
+        KTOError: what went wrong, for the main process to tell.
     """
-    from .stopping import StopNow, Stopped, StopWatch
+    from .stopping import Follower
 
     ranks.end_with_main(run_dir)
     events = EventLog(run_dir / f"rank-{ranks.rank()}.log")
     try:
-        with StopWatch(run_dir, events) as watch:
+        with Follower(run_dir, events) as watch:
             _train(config, run_dir, events, watch)
-    except (Stopped, StopNow, Cancelled):
+    except Cancelled:  # as all processes
         return
     except Exception as e:
-        known = e if isinstance(e, KTOError) else _understood(e)
-        ranks.note_error(run_dir, str(known or f"Unexpected {type(e).__name__}: {str(e)[:300]}. Please report it."))
-        raise
+        traceback.print_exc()  # into worker.log
+        if isinstance(e, KTOError):
+            raise
+        text = f"Unexpected {type(e).__name__} on GPU {ranks.rank()}: {str(e)[:300]}."
+        raise _understood(e) or KTOError(f"{text} Please report it; worker.log has the details.") from e
 
 
 def _understood(e: Exception) -> KTOError | None:
     """Errors of libraries that mean something to the user."""
     if out_of_memory.is_out_of_memory(e):
         return out_of_memory.error()
+    if ranks.lost(e):
+        return ranks.LostError(
+            "A process of this run ended without a word; often the machine's memory was full. worker.log has what is "
+            "known of it. Close other programs, then resume."
+        )
     if isinstance(e, MemoryError):
         return HardwareError("The machine ran out of memory. Close other programs, or lower batch size or max_length.")
     from .trainer import no_space
@@ -248,7 +255,7 @@ def _build_with(engine: str, config, run_dir, data: Planned, tokenizer, events, 
         if engine == "packed":
             from .engine import PackedKTOTrainer as base_class
 
-            keywords = {"kl_group": config.kl_group, "progress": progress, "cancel": watch.asked}
+            keywords = {"kl_group": config.kl_group, "progress": progress, "cancel": watch.cancel}
             if config.gradient_checkpointing != "auto":  # all layers or none
                 keywords["checkpoint_layers"] = sys.maxsize if config.gradient_checkpointing else 0
         else:

@@ -46,7 +46,8 @@ def main(argv: list[str] | None = None) -> int:
             return 0
     except KTOError as e:
         if not main_process:
-            ranks.note_error(args.run_dir, str(e))
+            if not isinstance(e, ranks.LostError):
+                ranks.note_error(args.run_dir, str(e))
             return 1
         events.append("error", message=str(e), type=type(e).__name__)
         events.status("failed", message=str(e))
@@ -55,4 +56,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    from . import ranks
+
+    ranks.leave(code) if ranks.several() else sys.exit(code)

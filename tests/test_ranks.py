@@ -1,0 +1,237 @@
+"""A run on several processes as `run_workers` starts it, gloo in place of NCCL: who ends it, what is said of it."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from training import events, make_data, resolved, wait
+
+from kto_core import alive, ranks, run_workers
+from kto_core import run as runs
+from kto_core.events import EventLog
+
+ROOT = Path(__file__).resolve().parent.parent
+GONE = 20.0  # seconds; torch's timeout for a silent process is half an hour
+
+# what goes wrong in which process, put into the children through sitecustomize.py
+IN_STEP_TWO = """
+from kto_core import callbacks
+from kto_core.errors import ModelError
+real = callbacks.RunCallback.on_step_end
+def on_step_end(self, args, state, control, **_):
+    if state.global_step == 2:
+        {what}
+    real(self, args, state, control)
+callbacks.RunCallback.on_step_end = on_step_end
+"""
+STUCK = """
+import threading
+def waits(*args, **kwargs):
+    threading.Event().wait()  # as in a collective that nobody else comes to
+import kto_core.train
+kto_core.train.plan_data = waits
+"""
+LATE = """
+from kto_core import callbacks, stopping
+look, begin = stopping.StopWatch.look, callbacks.RunCallback.on_train_begin
+def on_train_begin(self, *args, **kwargs):
+    stopping.StopWatch.look = look
+    begin(self, *args, **kwargs)
+stopping.StopWatch.look, callbacks.RunCallback.on_train_begin = lambda self: False, on_train_begin
+"""
+
+
+@pytest.fixture
+def two(tmp_path, tiny_model, monkeypatch):
+    """Makes runs, and starts them on two processes of this machine's CPU; nothing of them is left afterwards."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("KTO_STUDIO_CACHE", str(tmp_path / "cache"))
+    data, made = make_data(tmp_path / "rows.jsonl", 32), []
+
+    def start(rank="", trouble="", stop=False, again=None, **config):
+        run = again or runs.create(resolved(tiny_model, data, **{"logging_steps": 1, "engine": "packed", **config}))
+        made.append(run)
+        if trouble:
+            lines = "".join(f"    {line}\n" for line in trouble.splitlines())
+            (tmp_path / "sitecustomize.py").write_text(
+                f"import os\nif '{rank}' in os.environ.get('RANK', ' '):\n{lines}"
+            )
+            monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+        alive.acquire(run.path)
+        EventLog(run.path / "events.jsonl").status("preparing")
+        if stop:
+            (run.path / "stop").touch()
+        run_workers.in_process(run, run.config().config.model_copy(update={"num_gpus": 2}))
+        return run
+
+    yield start
+    for run in made:
+        for pid in processes(run):
+            os.kill(pid, signal.SIGKILL)
+        wait(lambda: not processes(run) and not run_workers.supervised(run.path))  # noqa: B023
+
+
+def processes(run, word="") -> list[int]:
+    """The launcher and its workers: they have the run's folder in their command line."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit() and int(folder.name) != os.getpid():
+            try:
+                words = (folder / "cmdline").read_bytes().split(b"\0")
+                zombie = (folder / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
+            except OSError:
+                continue
+            if str(run.path).encode() in words and (not word or word.encode() in words) and not zombie:
+                found.append(int(folder.name))
+    return found
+
+
+def launcher(run) -> int:
+    return wait(lambda: processes(run, "accelerate.commands.launch"))[0]
+
+
+def ended(run, seconds=120.0):
+    """Its state, once there is no process left and its supervisor has looked."""
+    wait(lambda: not processes(run) and not run_workers.supervised(run.path), seconds)
+    return run.state()
+
+
+def states(run) -> list[str]:
+    return [e["state"] for e in events(run.path) if e["kind"] == "status"]
+
+
+LONG = {"max_steps": 5000, "save_steps": 2, "save_total_limit": 2}
+
+
+# ---- who ends it -----------------------------------------------------------------------------------------------------
+
+
+def test_workers_die_with_their_launcher(two):
+    run = two(**LONG)
+    wait(lambda: run.state().step >= 2, 120)
+    assert len(processes(run)) == 3
+    os.kill(launcher(run), signal.SIGKILL)
+    state = ended(run, 10)
+    assert state.state == "interrupted" and "SIGKILL" in state.message and not run.alive()
+
+
+def test_a_worker_whose_launcher_died_before_it_began_ends(tmp_path, tiny_model):
+    run = runs.create(resolved(tiny_model, make_data(tmp_path / "rows.jsonl"), max_steps=1))
+    env = {**os.environ, "RANK": "0", "WORLD_SIZE": "2", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "kto_core.worker", str(run.path), "--lock-fd", "-1"]
+    assert subprocess.run(command, env=env, timeout=60).returncode == 1  # its parent is no launcher
+    assert events(run.path) == []
+
+
+def test_second_stop_leaves_no_process(two):
+    run = two(**LONG)
+    wait(lambda: run.state().step >= 1, 120)
+    run.stop()
+    run.stop()
+    assert ended(run, GONE).state == "stopped"
+
+
+# ---- stopping before the first step ----------------------------------------------------------------------------------
+
+
+def test_stopped_before_the_first_step(two):
+    run = two(stop=True)
+    assert ended(run).state == "stopped"
+    assert "failed" not in states(run) and not [e for e in events(run.path) if e["kind"] == "error"]
+    assert "ChildFailedError" not in (run.path / "worker.log").read_text()
+
+
+def test_a_helper_that_waits_for_the_main_process_ends_with_it(two):
+    run = two(rank=1, trouble=STUCK)
+    wait(lambda: (run.path / "rank-1.log").exists() or len(processes(run)) == 3, 60)
+    (run.path / "stop").touch()
+    wait(lambda: states(run)[-1] == "stopped", 120)
+    assert ended(run, GONE).state == "stopped"
+
+
+def test_no_process_leaves_while_the_main_one_has_not_seen_the_stop(two):
+    """It would wait for the other in its next collective."""
+    run = two(rank=0, trouble=LATE, stop=True, **LONG)
+    assert ended(run, 60).state == "stopped" and "failed" not in states(run)
+
+
+def test_stop_after_a_step_ends_all(two):
+    run = two(**LONG)
+    wait(lambda: run.state().step >= 1, 120)
+    run.stop()
+    state = ended(run)
+    assert state.state == "stopped" and run.adapter and "failed" not in states(run)
+
+
+# ---- what is said of it ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("raise ModelError('Number two is ill. Call a doctor.')", "Number two is ill. Call a doctor."),
+        ("raise ZeroDivisionError('by naught')", "Unexpected ZeroDivisionError on GPU 1: by naught."),
+    ],
+)
+def test_an_error_of_another_rank_is_the_runs(two, what, said):
+    run = two(rank=1, trouble=IN_STEP_TWO.format(what=what), max_steps=6)
+    state = ended(run)
+    assert state.state == "failed" and state.message.startswith(said) and state.error == state.message
+    assert [s for s in states(run) if s == "failed"] == ["failed"]
+    (run.path / "stop").unlink(missing_ok=True)
+    ranks.forget_errors(run.path)
+    assert not list(run.path.glob("*.error*"))
+
+
+def test_an_error_of_the_main_process_stays_its_own(two):
+    run = two(rank=0, trouble=IN_STEP_TWO.format(what="raise ModelError('Number one is ill.')"), max_steps=6)
+    state = ended(run)
+    assert state.state == "failed" and state.message == "Number one is ill."
+
+
+def test_a_killed_rank_is_said(two):
+    run = two(rank=1, trouble=IN_STEP_TWO.format(what="os.kill(os.getpid(), 9)"), max_steps=6)
+    state = ended(run)
+    assert state.state == "failed" and "ended without a word" in state.message
+    run = two(rank=0, trouble=IN_STEP_TWO.format(what="os.kill(os.getpid(), 9)"), max_steps=6)
+    state = ended(run)
+    assert state.state == "interrupted" and "SIGKILL" in state.message and "after step" in state.message
+
+
+LOG = """RuntimeError: an earlier line
+ValueError: the last word of a worker
+W1125 23:16:09.1 18 torch/distributed/elastic/multiprocessing/api.py:999] Sending process 9 closing signal SIGTERM
+E1125 23:16:09.657000 18761 torch/distributed/elastic/multiprocessing/api.py:1002] failed (exitcode: 1) local_rank: 0
+Traceback (most recent call last):
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+============================================================
+  rank      : 0 (local_rank: 0)
+  exitcode  : {code} (pid: 18911)
+============================================================
+"""
+
+
+def test_the_ending_is_the_workers_word(tmp_path, tiny_model):
+    run = runs.create(resolved(tiny_model, make_data(tmp_path / "rows.jsonl")))
+    (run.path / "worker.log").write_text("an earlier attempt\n" + LOG.format(code=1))
+    assert "the last word of a worker" in run_workers._ending(1, run)
+    assert "it said nothing" in run_workers._ending(1, run, (run.path / "worker.log").stat().st_size)
+    (run.path / "worker.log").write_text(LOG.format(code=-9))
+    assert "SIGKILL" in run_workers._ending(1, run)
+
+
+def test_what_a_helper_left_is_told_when_the_main_process_could_not(tmp_path, tiny_model, monkeypatch):
+    run = runs.create(resolved(tiny_model, make_data(tmp_path / "rows.jsonl"), max_steps=1))
+    EventLog(run.path / "events.jsonl").status("training", total_steps=5)
+    for rank in ("2", "1"):  # the first to fail is the cause
+        monkeypatch.setenv("RANK", rank)
+        ranks.note_error(run.path, f"GPU {rank} ran out of memory.")
+        os.utime(run.path / f"rank-{rank}.error", (9 - int(rank), 9 - int(rank)))
+    monkeypatch.delenv("RANK")
+    assert run.state().state == "failed" and run.state().error == "GPU 2 ran out of memory."
+    runs.resume(run, block=True)
+    assert run.state().state == "finished" and ranks.first_error(run.path) == ""
