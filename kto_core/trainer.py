@@ -145,12 +145,13 @@ class _Studio:
         if main:
             shutil.rmtree(work, ignore_errors=True)
         self.accelerator.wait_for_everyone()
+        meters = self._meters()  # of all processes
         limit, self.args.save_total_limit, self.args.output_dir = self.args.save_total_limit, None, str(work)
         try:
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if main:
-                (work / name / METERS).write_text(json.dumps(self._meters()))
+                (work / name / METERS).write_text(json.dumps(meters))
                 checkpoints.seal(work / name)
                 checkpoints.put(work / name, root / name)
                 checkpoints.rotate(root, limit)
@@ -168,10 +169,12 @@ class _Studio:
                 shutil.rmtree(work, ignore_errors=True)
 
     def _meters(self) -> dict:
+        # TRL logs the mean of the processes' losses: each goes on with the mean of what they had
+        loss = self.accelerator.gather(self._tr_loss.reshape(1)).mean()
         return {
             "metrics": {k: list(v) for k, v in self._metrics["train"].items()},
             "tokens": self._total_train_tokens,
-            "loss": self._tr_loss.item(),
+            "loss": loss.item(),
             "total_loss": self._total_loss_scalar,
             "last_logged": self._globalstep_last_logged,
         }

@@ -1,6 +1,7 @@
 """A run on several processes as `run_workers` starts it, gloo in place of NCCL: who ends it, what is said of it."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,6 +34,10 @@ def waits(*args, **kwargs):
     threading.Event().wait()  # as in a collective that nobody else comes to
 import kto_core.train
 kto_core.train.plan_data = waits
+"""
+CPU_ZERO = """
+import torch
+torch.serialization.register_package(5, lambda storage: None, lambda storage, to: storage if to == 'cpu:0' else None)
 """
 LATE = """
 from kto_core import callbacks, stopping
@@ -235,3 +240,22 @@ def test_what_a_helper_left_is_told_when_the_main_process_could_not(tmp_path, ti
     assert run.state().state == "failed" and run.state().error == "GPU 2 ran out of memory."
     runs.resume(run, block=True)
     assert run.state().state == "finished" and ranks.first_error(run.path) == ""
+
+
+# ---- resumed ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_logs_the_same_loss(two, tmp_path):
+    """TRL's loss differs between the ranks: half-averaged, each must go on with what sums to the same mean."""
+    run = two(max_steps=3, save_steps=2, logging_steps=3, engine="trl")
+    whole = ended(run)
+    assert whole.state == "finished", whole.error
+    again = runs.Run(tmp_path / "again")
+    (again.path / "checkpoints").mkdir(parents=True)
+    for name in ("config.yaml", "dataset.json"):
+        shutil.copy(run.path / name, again.path / name)
+    shutil.copytree(run.path / "checkpoints" / "checkpoint-2", again.path / "checkpoints" / "checkpoint-2")
+    two(again=again, trouble=CPU_ZERO)
+    resumed = ended(again)
+    assert resumed.state == "finished", resumed.error
+    assert resumed.latest("loss") == pytest.approx(whole.latest("loss"), abs=1e-7)
