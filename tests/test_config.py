@@ -139,6 +139,7 @@ def test_unknown_keys_are_refused_with_the_nearest_name(typed, meant):
         ({"learning_rate": math.nan}, "learning_rate"),
         ({"engine": "unsloth", "worker": "thread"}, "worker"),
         ({"num_gpus": 2, "worker": "thread"}, "worker"),
+        ({"num_gpus": 2, "engine": "unsloth"}, "num_gpus"),
         ({"engine": "packed", "precompute_ref_log_probs": "false"}, "precompute_ref_log_probs"),
         ({"max_length": 8193}, "max_length"),  # the demo model's positions end at 8192
         ({"model": ""}, "model"),

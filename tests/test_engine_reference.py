@@ -173,6 +173,42 @@ def test_a_stopped_scoring_keeps_what_it_has(tmp_path):
     assert scores(tmp_path, []).prepare(PAIRS) == {"pairs": 5, "cached": 2, "computed": 3}
 
 
+def test_when_one_process_is_cancelled_all_are(tmp_path):
+    """Each takes part in the join, where it hears of the others: nobody waits for one that is gone."""
+    cancel, seats, ends = threading.Event(), threading.Barrier(2, timeout=20), {}
+    cancel.set()
+    heard: list[dict] = [{}, {}]
+
+    def share(rank):
+        def shared(todo):
+            def join(values):
+                heard[rank] = values
+                seats.wait()
+                joined = heard[0] | heard[1]
+                seats.wait()
+                return joined
+
+            return slice(rank * todo // 2, (rank + 1) * todo // 2), join
+
+        return shared
+
+    def process(rank):
+        mine = scores(tmp_path / str(rank), [])
+        mine.share = share(rank)
+        try:
+            mine.prepare(PAIRS, cancel=cancel if rank else None)
+        except Exception as e:
+            ends[rank] = type(e)
+
+    threads = [threading.Thread(target=process, args=(rank,)) for rank in (0, 1)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert ends == {0: Cancelled, 1: Cancelled}
+    assert scores(tmp_path / "0", []).prepare(PAIRS)["cached"] == 2  # what was computed is kept
+
+
 def test_a_trained_adapter_is_its_own_frozen_reference():
     model = oracle.tuned_model("llama", torch.float32)
     reference = Reference(model)

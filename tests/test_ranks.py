@@ -112,6 +112,15 @@ def states(run) -> list[str]:
 LONG = {"max_steps": 5000, "save_steps": 2, "save_total_limit": 2}
 
 
+def test_cards_are_numbered_as_nvml_numbers_them():
+    """Unless somebody has chosen otherwise; it must stand before CUDA is first looked at."""
+    code = "import kto_core, os, sys; assert 'torch' not in sys.modules; print(os.environ['CUDA_DEVICE_ORDER'])"
+    env = {k: v for k, v in os.environ.items() if k != "CUDA_DEVICE_ORDER"}
+    for chosen in ({}, {"CUDA_DEVICE_ORDER": "FASTEST_FIRST"}):
+        done = subprocess.run([sys.executable, "-c", code], env=env | chosen, cwd=ROOT, capture_output=True, text=True)
+        assert done.stdout.strip() == chosen.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID"), done.stderr
+
+
 # ---- who ends it -----------------------------------------------------------------------------------------------------
 
 
