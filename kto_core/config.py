@@ -148,6 +148,10 @@ class RunConfig(BaseModel):
         "thread", "Where training runs: inside the app, or in a process that outlives it.", group="Memory and speed"
     )
     num_gpus: int = _field(1, "GPUs to train on.", group="Memory and speed", ge=1, le=64)
+    shard: AutoOrBool = _field(
+        "auto", "Divide the frozen weights over the GPUs instead of holding all on each (packed engine). auto: when "
+        "one GPU does not hold them.", group="Memory and speed",
+    )  # fmt: skip
 
     # what is written
     logging_steps: int = _field(1, "Steps between two points of the curves.", group="Logging and checkpoints", ge=1)

@@ -40,6 +40,7 @@ OTHER_NAMES = {  # what people call a field -> its name
     "local_file": "data",
     "wandb": "report_to",
     "gpus": "num_gpus",
+    "fsdp": "shard",
 }
 
 
@@ -127,6 +128,17 @@ def cross(c: RunConfig, bad: set[str] = frozenset(), *, model: bool = True) -> l
         ("engine", "num_gpus"),
         c.engine == "unsloth" and c.num_gpus > 1,
         f"num_gpus: must be 1 with engine unsloth, not {c.num_gpus}. Set engine to auto, or num_gpus to 1.",
+    )
+    wrong(
+        ("shard", "num_gpus"),
+        c.shard is True and c.num_gpus == 1,
+        "shard: must be auto or false with num_gpus 1. Set shard to auto, or num_gpus to at least 2.",
+    )
+    wrong(
+        ("shard", "engine"),
+        c.shard is True and c.engine in ("trl", "unsloth"),
+        f"shard: must be auto or false with engine {c.engine}, whose weights cannot be divided. Set shard to auto, or "
+        "engine to packed.",
     )
     wrong(
         ("engine", "kl_group"),

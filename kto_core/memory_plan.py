@@ -38,6 +38,7 @@ class MemoryPlan:
     layers: int
     checkpoint_layers: int  # computed twice instead of kept
     token_budget: int  # tokens of one pass
+    sharded: bool  # the frozen weights are divided over the GPUs
     model: str  # where the model's sizes come from
     device: str
 
@@ -80,6 +81,10 @@ def plan(
     gpu = min(gpus[: config.num_gpus], key=lambda g: g.available_gib)
     found = _fit(config, shape, lengths, packed, gpu.available_gib, k, gpu=True)
     verdict = _verdict(found, k)
+    divided = config.model_copy(update={"shard": True})
+    if verdict == "does not fit" and config.shard == "auto" and _sharded(divided, shape):
+        config, found = divided, _fit(divided, shape, lengths, packed, gpu.available_gib, k, gpu=True)
+        verdict = _verdict(found, k)
     advice = "" if verdict == "fits" else _advice(config, lengths, packed, gpu, found, k)
     return _made(found, config, shape, verdict, advice, gpu.name)
 
@@ -123,7 +128,8 @@ def _fit_packed(c, s: Shape, lengths, packed: Sample | None, available: float, k
     sums = _batches(lengths, packed, rows)
     nothing = dict.fromkeys(("activations", "K/V store", "logits"), 0.0)
     base = _parts(c, s, nothing, k, gpu)
-    taken = sum(base[n] for n in ("weights", "adapters", "CUDA context" if gpu else "program") if n in base)
+    fixed = ("weights", "gathered layers", "adapters", "CUDA context" if gpu else "program")
+    taken = sum(base[n] for n in fixed if n in base)
     state = base["optimizer"] + base["adapters"] / 2  # the other half, the weights, is there already
     free = (available - (taken - base["adapters"] / 2)) * (1 if gpu else 0.5) * passes.SHARE - state
     free = free * GIB - passes.RESERVE["cuda" if gpu else "cpu"]
@@ -223,8 +229,14 @@ def _parts(c: RunConfig, s: Shape, moving: dict[str, float], k: Coefficients, gp
     four_bits = c.load_in_4bit or s.quantized
     linear = (k.nf4 if c.bnb_4bit_use_double_quant else k.plain4) if four_bits else number
     adapters = s.lora_parameters(c.target_modules, c.r)
+    weights, gathered = s.linear_parameters * linear, 0.0
+    if _sharded(c, s):
+        moved = s.linear_parameters * (0.5 if four_bits else number)  # the scales of 4-bit weights stay whole
+        weights += moved / c.num_gpus - moved
+        gathered = passes.GATHERED * moved / s.layers
     bytes_ = {
-        "weights": s.linear_parameters * linear + s.other_parameters * number,
+        "weights": weights + s.other_parameters * number,
+        **({"gathered layers": gathered} if gathered else {}),
         "adapters": adapters * (k.adapter + (k.ddp if c.num_gpus > 1 and _engine(c, s) != "packed" else 0)),
         "optimizer": adapters * (k.adam8 if "8bit" in c.optim else k.adam32),
         **moving,
@@ -249,6 +261,11 @@ def _engine(c: RunConfig, s: Shape) -> str:
     return c.engine if c.engine != "auto" else "trl" if s.experts else "packed"
 
 
+def _sharded(c: RunConfig, s: Shape) -> bool:
+    """Whether the layers' weights are divided; ``auto`` is decided in `plan`."""
+    return c.shard is True and c.num_gpus > 1 and _engine(c, s) == "packed"
+
+
 def _verdict(found: _Fit, k: Coefficients) -> str:
     need = found.total if found.least is None else found.least
     if need <= found.available * k.safe and found.total <= found.available:
@@ -266,6 +283,7 @@ def _made(found: _Fit, c: RunConfig, s: Shape, verdict: str, advice: str, device
         layers=s.layers,
         checkpoint_layers=found.checkpoint,
         token_budget=found.tokens,
+        sharded=_sharded(c, s),
         model=f"{c.model}: {s.parameters / 1e9:.3g} billion parameters, {s.source}",
         device=device,
     )
@@ -349,5 +367,7 @@ def _changes(c: RunConfig, lengths: Sequence[int]):
         yield f"Set max_length to {shorter}", {"max_length": shorter}
     if c.r >= 16:
         yield f"Set r to {c.r // 2} and lora_alpha to {c.lora_alpha // 2}", {"r": c.r // 2}
+    if c.shard is False and c.num_gpus > 1 and c.engine in ("auto", "packed"):
+        yield "Set shard to auto", {"shard": True}
     if "8bit" not in c.optim:
         yield "Set optim to adamw_8bit", {"optim": "adamw_8bit"}

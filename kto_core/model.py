@@ -70,19 +70,34 @@ def training_dtype(config: RunConfig):
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
+def training_device():
+    """torch.device of this process: its GPU, else the CPU."""
+    import os
+
+    import torch
+
+    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+
+
 def load_base(
-    config: RunConfig, *, for_training: bool, progress: Progress = no_progress, cancel: threading.Event | None = None
+    config: RunConfig,
+    *,
+    for_training: bool,
+    progress: Progress = no_progress,
+    cancel: threading.Event | None = None,
+    in_main_memory: bool = False,
 ):
     """The base model of ``config``, on the GPU if there is one, without an adapter.
 
     4-bit (NF4 or as configured, double quantization) when ``config.load_in_4bit``, or as the checkpoint is quantized.
 
+    Args:
+        in_main_memory: not on the GPU: the model is to be divided over several (`engine.sharding`).
+
     Raises:
         ModelError: it cannot be found or loaded.
         HardwareError: it does not fit into the GPU's memory.
     """
-    import os
-
     import torch
 
     from . import gpt_oss
@@ -111,7 +126,7 @@ def load_base(
             "(for gpt-oss-20b unsloth/gpt-oss-20b-unsloth-bnb-4bit), or set load_in_4bit to false."
         )
     gpu = torch.cuda.is_available()
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if gpu else "cpu"
+    device = "cpu" if in_main_memory else str(training_device())
     kwargs = {"dtype": dtype, "device_map": {"": device}, "use_safetensors": True, "trust_remote_code": False}
     if config.load_in_4bit and not quantized:
         kwargs["quantization_config"] = BitsAndBytesConfig(

@@ -43,8 +43,12 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def world() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def several() -> bool:
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return world() > 1
 
 
 def die_with_launcher() -> None:

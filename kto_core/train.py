@@ -22,7 +22,7 @@ from . import alive, checkpoints, memory_plan, model_info, out_of_memory, ranks
 from .dry_run import dry_run  # noqa: F401 - a door of this module
 from .errors import Cancelled, ConfigError, DataError, HardwareError, KTOError, NotServed
 from .events import EventLog, read
-from .train_choices import choose_engine, precompute_pays, use_checkpointing
+from .train_choices import choose_engine, precompute_pays, use_checkpointing, use_sharding
 from .train_data import Planned, plan_data, write_dataset_json
 
 if TYPE_CHECKING:
@@ -224,6 +224,7 @@ def _build(config, run_dir, data: Planned, tokenizer, events, watch, progress, a
         if config.engine != "auto":
             raise
         reason = str(e).removesuffix("Choose engine `trl`.").strip()
+    use_sharding(config, data, "trl", events)  # refuses what TRL's step cannot do
     free_memory()
     events.log(f"Training with TRL's own step. {reason}")
     return build("trl")
@@ -260,7 +261,13 @@ def _build_with(engine: str, config, run_dir, data: Planned, tokenizer, events, 
                 keywords["checkpoint_layers"] = sys.maxsize if config.gradient_checkpointing else 0
         else:
             from trl import KTOTrainer as base_class
-        model = models.load_base(config, for_training=True, progress=progress, cancel=watch.asked)
+        load = partial(models.load_base, config, for_training=True, progress=progress, cancel=watch.asked)
+        if use_sharding(config, data, engine, events):
+            from .engine.sharding import load_divided
+
+            model = load_divided(partial(load, in_main_memory=True), models.training_device())
+        else:
+            model = load()
         watch.check()
         if config.adapter:
             model = models.load_adapter(model, config.adapter, trainable=True)

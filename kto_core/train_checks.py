@@ -64,7 +64,8 @@ def check_hardware(config: RunConfig, facts: ModelFacts) -> None:
     from .hardware import devices
 
     found = devices()
-    if config.num_gpus > max(1, len(found)):
+    cpus = not found and os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")  # accelerate's own setting
+    if config.num_gpus > max(1, len(found)) and not cpus:
         raise HardwareError(f"num_gpus is {config.num_gpus}, this machine shows {len(found)} GPUs. Lower num_gpus.")
     if not found:
         _require_small(config.model, facts.parameters)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from . import ranks
-from .errors import ModelError
+from .errors import ConfigError, ModelError
 from .events import EventLog
 from .libraries import transformers_ready
 
@@ -42,6 +42,34 @@ def choose_engine(config: RunConfig, events: EventLog) -> str:
         raise ModelError(f"The packed engine cannot train {config.model}: {reason} Choose engine `auto` or `trl`.")
     events.log(f"Training with TRL's own step; the packed engine is not used: {reason}")
     return "trl"
+
+
+def use_sharding(config: RunConfig, data: Planned, engine: str, events: EventLog) -> bool:
+    """Whether the frozen weights are divided over the processes: as configured; ``auto`` where one GPU does not hold
+    them. The same for all processes.
+
+    Raises:
+        ConfigError: it was asked for, and the engine cannot.
+    """
+    from . import hardware
+
+    if not ranks.several() or config.shard is False:
+        return False
+    if engine != "packed":
+        if config.shard is True:
+            raise ConfigError(
+                "shard: only the packed engine divides the weights, and it does not serve this model. Set shard to "
+                "auto, or choose another model."
+            )
+        return False
+    divided = config.shard is True
+    if not divided:
+        from accelerate.utils import gather_object  # each has planned for its own card
+
+        divided = any(gather_object([hardware.plan(config, data.lengths, packed=data.packed(config)).sharded]))
+    if divided:
+        events.log(f"The frozen weights are divided over {ranks.world()} processes.")
+    return divided
 
 
 def precompute_pays(config: RunConfig, rows: int, engine: str) -> bool:

@@ -285,6 +285,8 @@ def arguments(config: RunConfig, folder: Path, *, precompute: bool, checkpointin
     )
     if "LOCAL_RANK" not in os.environ:
         args._n_gpu = min(1, args.n_gpu)  # one process uses one card, however many there are
+    if not gpu:  # several processes would have cpu:0, a place that torch.load does not know when they resume
+        args._setup_devices = torch.device("cpu")
     return args
 
 

@@ -106,6 +106,17 @@ def test_the_plan_of_a_gpu_says_what_would_help(data, monkeypatch, gib, verdict)
     assert ("<p>" in shown.partition("memory-bar")[2].partition("card-text")[0]) == (verdict != "fits")
 
 
+def test_the_plan_says_that_the_weights_are_divided(data, monkeypatch):
+    from kto_core.hardware import Device
+
+    monkeypatch.setattr("kto_core.train_checks.check_size", lambda *a, **k: None)
+    card = Device(0, "A card", total_gib=5.0, free_gib=5.0, used_by_others_gib=0.0, capability=(8, 9))
+    monkeypatch.setattr("kto_core.hardware.devices", lambda *a, **k: [card, card])
+    said = "The frozen weights are divided over 2 GPUs."
+    assert said in train_plan.view(form("7b", num_gpus=2), data)
+    assert said not in train_plan.view(form("7b", num_gpus=2, shard="false"), data)
+
+
 def test_problems_stand_in_the_plans_place_and_are_escaped(data):
     shown = train_plan.view(form(beta=-1.0, max_length=3, run_name=EVIL), data)
     assert 'role="alert"' in shown and shown.count("<li>") >= 2 and EVIL not in shown

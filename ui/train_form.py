@@ -41,6 +41,7 @@ LABELS = {  # where the name alone says too little
     "bnb_4bit_use_double_quant": "Double quantization",
     "dtype": "Number format",
     "num_gpus": "GPUs",
+    "shard": "Divide the weights",
     "save_total_limit": "Checkpoints kept",
     "report_to": "Report to",
     "wandb_project": "W&B project",

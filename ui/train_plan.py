@@ -126,6 +126,7 @@ def _quick_view(c, look, remarks: str) -> str:
         "Tokens": f"{about}{sum(lengths):,}",
     }
     note = "Estimated from what is known of the data. A <b>dry run</b> counts it exactly." if not tokens else ""
+    note += _divided(plan.sharded, c.num_gpus)
     return _plan(facts, plan.verdict, plan.predicted_gib, plan.available_gib, plan.advice, note + remarks)
 
 
@@ -145,10 +146,15 @@ def _exact_view(result: dict, remarks: str) -> str:
     }
     cut = [f"{data['truncated']:,} prompts are cut."] if data.get("truncated") else []
     cut += [f"{data['too_long']:,} rows are too long and left out."] if data.get("too_long") else []
-    note = "Checked: " + (" ".join(cut) or "every row fits.")
+    divided = _divided(memory["sharded"], result["config"]["num_gpus"])
+    note = "Checked: " + (" ".join(cut) or "every row fits.") + divided
     return _plan(
         facts, memory["verdict"], memory["predicted_gib"], memory["available_gib"], memory["advice"], note + remarks
     )
+
+
+def _divided(sharded: bool, gpus: int) -> str:
+    return f" The frozen weights are divided over {gpus} GPUs." if sharded else ""
 
 
 def _plan(facts: dict, verdict: str, predicted: float, available: float, advice: str, note: str) -> str:

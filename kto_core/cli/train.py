@@ -128,6 +128,8 @@ def describe(found: dict, origins: dict) -> str:
     lines += [f"  {k.ljust(width)}  {v}" + (f"  [{origins[k]}]" if k in origins else "") for k, v in settings.items()]
     lines += ["Data", "  " + data.describe(found["data"], settings.get("data") or "data").replace("\n", "\n  ")]
     lines += [f"Steps   {found['steps']:,}", f"Memory  {memory['verdict']}: {need}"]
+    if memory["sharded"]:
+        lines.append(f"        The frozen weights are divided over {found['config']['num_gpus']} GPUs.")
     lines += [f"        {memory['advice']}"] if memory["advice"] else []
     return "\n".join(lines)
 

@@ -23,6 +23,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from . import sharding
+
 Forwards = list[tuple[object, str, Callable]]  # whose, its name there, what to run instead
 
 
@@ -31,13 +33,16 @@ def lean_forwards(decoder: torch.nn.Module) -> Forwards:
     found: Forwards = []
     checked: dict[tuple, bool] = {}
     inside: set[int] = set()  # projections that run as a part of their SwiGLU
+    layer = None  # the last divided one: its modules follow it
     for module in decoder.modules():
+        layer = module if sharding.is_divided(module) else layer
         forward = _lean(module)
         if forward is None or id(module) in inside:
             continue
         kind = (type(module), type(getattr(module, "base_layer", None)), forward.func)
         if kind not in checked:
-            checked[kind] = _agrees(module, forward)
+            with sharding.gathered(layer):
+                checked[kind] = _agrees(module, forward)
         if checked[kind]:
             found.append((module, "forward", forward))
             if forward.func is _swiglu:
@@ -90,11 +95,11 @@ def _is_projection(module) -> bool:
     """A frozen linear layer, plain or in 4 bits, alone or below one plain LoRA adapter."""
     base = getattr(module, "base_layer", module)
     name = type(base).__name__
-    if not (type(base) is torch.nn.Linear or (name == "Linear4bit" and getattr(base.weight, "quant_state", None))):
+    if not (type(base) is torch.nn.Linear or (name == "Linear4bit" and quant_state(base))):
         return False
     if any(p.requires_grad for p in base.parameters()):
         return False
-    if name == "Linear4bit" and tuple(base.weight.quant_state.shape) != (base.out_features, base.in_features):
+    if name == "Linear4bit" and tuple(quant_state(base).shape) != (base.out_features, base.in_features):
         return False
     if base is module:
         return True
@@ -121,7 +126,7 @@ def _agrees(module, forward) -> bool:
     known = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
     dtypes = [p.dtype for p in module.parameters() if p.dtype in known and not p.requires_grad]
     base = getattr(getattr(module, "down_proj", module), "base_layer", None)
-    state = getattr(getattr(base, "weight", None), "quant_state", None)
+    state = quant_state(base)
     four_bits = state is not None
     dtype = (base.compute_dtype or state.dtype) if four_bits else dtypes[0] if dtypes else torch.float32
     generator = torch.Generator().manual_seed(0)
@@ -170,10 +175,15 @@ def _project(layer, x, gated):
     return _Projection.apply(x, gated, base, a, b, layer.scaling[adapter])
 
 
+def quant_state(base):
+    """bitsandbytes' facts of a 4-bit weight; one that was divided and gathered again has left them to its layer."""
+    return getattr(getattr(base, "weight", None), "quant_state", None) or getattr(base, "quant_state", None)
+
+
 def dense(base, dtype) -> torch.Tensor:
     """The weight of a linear layer, ``[out, in]``, out of its 4 bits."""
     weight = base.weight
-    if (state := getattr(weight, "quant_state", None)) is not None:
+    if (state := quant_state(base)) is not None:
         from bitsandbytes.functional import dequantize_4bit
 
         weight = dequantize_4bit(weight.data, state)

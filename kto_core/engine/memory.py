@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from ..hardware import allowed
-from . import attention, tree
+from . import attention, sharding, tree
 from .passes import RESERVE, SHARE, cheapest, working, y_tokens
 from .sample import packed_tokens
 
@@ -50,6 +50,7 @@ def limits(
     free = available(engine.device) * SHARE - RESERVE.get(engine.device.type, 0)
     adapter = sum(p.numel() for p in engine.model.parameters() if p.requires_grad)
     free -= copies + (4 + moments) * adapter  # gradient and Adam's moments
+    free -= sharding.gathered_bytes(engine.layers)
     engine.scoring_tokens = max(longest, min(SCORING[engine.device.type == "cuda"], int(free / (2 * busy + rest))))
 
     def most(layers: int) -> int:
@@ -87,25 +88,28 @@ def _kept(engine, autocast, tokens: int) -> tuple[int, int, int]:
     ids = np.arange(tokens + 1, dtype=np.int32) % 97 + 3
     t = tree.build([ids[:-2]], [ids[-3:]])
     kept = {"layers": 0, "rest": 0}
-    seen: set[int] = {p.untyped_storage().data_ptr() for p in engine.model.parameters()}
+    seen: set[int] = {sharding.local(p).untyped_storage().data_ptr() for p in engine.model.parameters()}
     alive = []  # a freed storage's address would be met again
-    where = "rest"
+    where, passing = "rest", set()
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in seen:
+        if storage.data_ptr() not in seen | passing:
             seen.add(storage.data_ptr())
             alive.append(storage)
             kept[where] += storage.nbytes()
         # not the tensor: an output that its own node holds is a circle that is never collected; no backward will ask
 
-    def enter(*_):
-        nonlocal where
-        where = "layers"
+    def weights(layer) -> set[int]:  # gathered ones are given up after the layer, saved or not
+        return {p.untyped_storage().data_ptr() for p in layer.parameters()} if sharding.is_divided(layer) else set()
+
+    def enter(layer, *_):
+        nonlocal where, passing
+        where, passing = "layers", weights(layer)
 
     def leave(*_):
-        nonlocal where
-        where = "rest"
+        nonlocal where, passing
+        where, passing = "rest", set()
 
     before, engine.checkpoint_layers = engine.checkpoint_layers, 0
     hooks = [h for m in engine.layers for h in (m.register_forward_pre_hook(enter), m.register_forward_hook(leave))]

@@ -13,6 +13,7 @@ PASS = 2048  # tokens whose forward takes as long as what every pass costs: weig
 SHARE = 0.9  # of the free memory that is planned with; the rest is fragmentation and what was not counted
 CHUNK_BYTES = {"cuda": 2**28, "cpu": 2**26}  # float32 logits held at once
 RESERVE = {"cuda": 3 * 2**28, "cpu": 2**28}  # logits' chunks, gradients of the head's input, kernels' workspaces
+GATHERED = 3  # divided layers' weights at once: the one that runs, the buffer it came in, and the next one's
 
 
 def working(hidden: int, intermediate: int, number: int) -> int:

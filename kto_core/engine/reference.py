@@ -164,11 +164,13 @@ def adapter_key(state: dict, scaling: dict) -> bytes:
 
 
 def _frozen(model):
+    from .sharding import whole
+
     for name, p in sorted(model.named_parameters(remove_duplicate=False), key=lambda item: item[0]):
         if "lora_" in name or ".original_module." in name or ".modules_to_save." in name:
             continue
         name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-        yield name, p
+        yield name, whole(p)
         state = getattr(p, "quant_state", None)  # bitsandbytes: scales belong to the weight
         while state is not None:
             yield f"{name} {getattr(state, 'quant_type', '')} {state.blocksize}", state.absmax
@@ -253,8 +255,9 @@ class ReferenceScores:
             progress(done_count / len(todo), f"Scoring the reference model: {done_count:,} of {len(todo):,} answers")
             check_cancel(cancel)
 
-        if todo:
-            progress(0.0, f"Scoring the reference model: 0 of {len(todo):,} answers")
+        if missing:  # a process without a part takes part all the same: the others may gather layers from it
+            if todo:
+                progress(0.0, f"Scoring the reference model: 0 of {len(todo):,} answers")
             prompts = [self.rows.prompt[p[0]] for _, p in todo]
             completions = [self.rows.completion[p[1]] for _, p in todo]
             try:

@@ -16,10 +16,13 @@ import numpy as np
 import torch
 import torch.utils.checkpoint
 
+from ..errors import Cancelled
 from ..out_of_memory import is_out_of_memory
-from . import attention, lean, tree
+from . import attention, lean, sharding, tree
 from .loss import Head, kto_losses, sequence_sums, token_logps
 from .passes import y_tokens
+
+STOP = 2**31  # more than there are passes
 
 
 @dataclass
@@ -72,6 +75,7 @@ class Engine:
         self.decoder = getattr(self.causal, self.causal.base_model_prefix)
         self.device = self.causal.get_input_embeddings().weight.device
         self.token_budget = self.scoring_tokens = token_budget
+        self.divided = sharding.is_divided(self.decoder)
         self.layers = [m for m in self.decoder.modules() if isinstance(m, GradientCheckpointingLayer)]
         self.checkpoint_layers = checkpoint_layers
         self._configs = attention.configs(model)
@@ -102,6 +106,39 @@ class Engine:
         out = self.decoder(input_ids=ids, position_ids=positions, use_cache=False, kto_tree=run)
         return out.last_hidden_state[0]
 
+    # Divided layers are gathered by all processes together, so each runs as many passes as the one that has most.
+
+    def together(self, number: int) -> int:
+        """The largest of all processes' numbers where layers are divided; else the own one."""
+        return sharding.most(number, self.device) if self.divided else number
+
+    def _along(self, backward: bool = False) -> torch.Tensor:
+        """A pass of one token that changes nothing, for a process that has no rows left."""
+        t = tree.build([np.zeros(1, np.int32)], [np.zeros(1, np.int32)])
+        hidden = self.forward(t.ids, t.positions, attention.Pass(t.segments, self.device))
+        if backward:
+            hidden.backward(torch.zeros_like(hidden))
+        return hidden
+
+    def stand_by(self, z0: Callable, *, kl: bool, backward: bool, autocast: Callable = contextlib.nullcontext):
+        """Take part in `run` with no rows at all. ``z0()`` takes part in the sum of z0; its value is returned."""
+        count, value = self.together(0), None
+        with self.using_tree(), torch.set_grad_enabled(backward):
+            if kl and count > 1:
+                with autocast():
+                    self.score([], [])
+                value = z0()
+            for _ in range(count):
+                with autocast():
+                    hidden = self._along()
+                    if kl and count == 1:
+                        with torch.no_grad():
+                            self._along()
+                        value = z0()
+                if backward:
+                    hidden.backward(torch.zeros_like(hidden))
+        return z0() if value is None else value
+
     def _tensor(self, array) -> torch.Tensor:
         return torch.as_tensor(array, device=self.device)
 
@@ -110,12 +147,19 @@ class Engine:
         """Sequence log-probs of ``completions[i]`` after ``prompts[i]``, fp64 ``[n]``, with the adapters as they are.
 
         ``done(numbers, values)`` is called after each pass.
+
+        Raises:
+            Cancelled: from ``done``. Where layers are divided, the other processes end here, too, and return.
         """
         order = tree.sorted_by_prefix(prompts, completions, range(len(prompts)))
         result = np.empty(len(prompts))
-        todo = deque(tree.packs(prompts, completions, np.zeros(len(prompts), int), order, budget))
+        todo = deque(tree.packs(prompts, completions, np.zeros(len(prompts), int), order, budget) if order else [])
+        stopped = None
         with self.using_tree():
-            while todo:
+            while (left := self.together(STOP if stopped else len(todo))) and left < STOP:
+                if not todo:
+                    self._along()
+                    continue
                 numbers = todo.popleft()
                 values = self._score_pass([prompts[i] for i in numbers], [completions[i] for i in numbers])
                 if values is None:  # too much for the memory
@@ -124,8 +168,13 @@ class Engine:
                     todo.extendleft([numbers[middle:], numbers[:middle]])
                     continue
                 result[numbers] = values
-                if done is not None:
-                    done(numbers, values)
+                try:
+                    if done is not None:
+                        done(numbers, values)
+                except Cancelled as e:
+                    stopped = e
+        if stopped is not None:
+            raise stopped
         return result
 
     def _score_pass(self, prompts, completions) -> np.ndarray | None:
@@ -135,7 +184,7 @@ class Engine:
             hidden = self.forward(t.ids, t.positions, attention.Pass(t.segments, self.device))
             return self._sums(hidden, t.scores)[0].double().cpu().numpy()
         except RuntimeError as e:
-            if len(prompts) == 1 or not is_out_of_memory(e):
+            if len(prompts) == 1 or self.divided or not is_out_of_memory(e):
                 raise
             return None
 
@@ -176,10 +225,11 @@ class Engine:
             kto_losses, beta=beta, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight,
             loss_type=loss_type,
         )  # fmt: skip
+        count = self.together(len(passes))
         z0 = torch.zeros((), device=self.device)
         totals, packed, loss = [None, None, None], 0, 0.0
         with self.using_tree(), torch.set_grad_enabled(backward is not None):
-            if kl and len(passes) > 1:
+            if kl and count > 1:
                 with autocast():
                     values = self.score(group.prompts, group.borrowed, self.scoring_tokens)
                 z0 = self._z0(self._tensor(values), group.ref_kl, reduce)
@@ -187,7 +237,7 @@ class Engine:
                 with autocast():
                     t = tree.build([group.prompts[i] for i in numbers], [group.completions[i] for i in numbers])
                     branches = store = keep = None
-                    if kl and len(passes) == 1:
+                    if kl and count == 1:
                         branches = tree.branch(t, [group.borrowed[i] for i in numbers])
                         store, keep = {}, self._tensor(branches.keep)
                     run = attention.Pass(t.segments, self.device, keep=keep, store=store)
@@ -209,6 +259,9 @@ class Engine:
                         totals[i] = torch.empty(n, dtype=values.dtype, device=self.device)
                     totals[i][place] = values.detach()
                 packed += len(t)
+            for _ in range(count - len(passes)):
+                with autocast():
+                    self._along(backward is not None)
         lengths = self._tensor([len(c) for c in group.completions])
         tokens = int(sum(len(p) + len(c) for p, c in zip(group.prompts, group.completions, strict=True)))
         return Result(loss, z0, *totals, lengths, tokens, packed, len(passes))
@@ -220,6 +273,8 @@ class Engine:
         if branches.segments is not None:
             run = attention.Pass(branches.segments, self.device, prefix=store)
             states = torch.cat([states, self.forward(branches.ids, branches.positions, run)])
+        elif self.divided:
+            self._along()
         return self._sums(states, branches.scores)[0]
 
     def _z0(self, logps, ref_logps, reduce) -> torch.Tensor:

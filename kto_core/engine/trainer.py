@@ -247,7 +247,8 @@ class PackedKTOTrainer(Evaluation, KTOTrainer):
         own, other = inputs["rows"], inputs["partner"]
         batch = int(np.sum(rows.prompt.lengths[own] + rows.completion.lengths[own]))
         batch += sum(y_tokens(int(n)) for n in rows.completion.lengths[other])
-        if not memory.tighten(self.engine, longest(rows), batch, recompute=backward):
+        # where layers are divided, the others wait in the middle of a pass and cannot be asked to run it again
+        if self.engine.divided or not memory.tighten(self.engine, longest(rows), batch, recompute=backward):
             raise self.no_room(longest(rows) + 1)
         logger.warning(
             "Out of GPU memory; going on with %d recomputed layers and %s tokens a pass.",
@@ -289,7 +290,9 @@ class PackedKTOTrainer(Evaluation, KTOTrainer):
             chunk = slice(start // world, start // world + micro)
             divisor = min(micro * world, size - start) * len(starts)
             if not len(numbers[chunk]):  # fewer rows than processes
-                results.append((None, self._idle_z0(sums)))
+                idle = partial(self._idle_z0, sums)
+                z0 = self.engine.stand_by(idle, kl=self.calculate_KL, backward=backward, autocast=self._autocast)
+                results.append((None, z0))
                 continue
             group = self._group(rows, scores, numbers[chunk], partner[chunk])
             with self.engine.using_tree():
