@@ -24,7 +24,7 @@ class Device:
     name: str
     total_gib: float
     free_gib: float
-    used_by_others_gib: float  # by other processes and the driver; ours is not in it
+    used_by_others_gib: float  # by other processes and the driver, of the total; ours is not in it
     capability: tuple[int, int]  # (8, 6) for an RTX 3090
     uuid: str = ""
 
@@ -74,14 +74,15 @@ def visible(uuids: list[str], setting: str | None) -> list[int]:
 
 def _device(pynvml, index: int, handle, uuid: str) -> Device:
     memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-    total = min(memory.total / GIB, _limit())
-    used = memory.used / GIB
+    physical, used = memory.total / GIB, memory.used / GIB
+    total = min(physical, _limit())
+    others = used - _ours(pynvml, handle) / GIB
     return Device(
         index=index,
         name=_text(pynvml.nvmlDeviceGetName(handle)),
         total_gib=total,
-        free_gib=max(0.0, total - used),
-        used_by_others_gib=max(0.0, used - _ours(pynvml, handle) / GIB),
+        free_gib=max(0.0, min(total, physical - used)),
+        used_by_others_gib=max(0.0, others - (physical - total)),  # beside the limit there is room for them
         capability=tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle)),
         uuid=uuid,
     )
