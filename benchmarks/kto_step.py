@@ -29,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -132,6 +133,7 @@ def worker(args: argparse.Namespace) -> dict:
         work = Work(model, layer_operations(folder))
         with tempfile.TemporaryDirectory() as out:
             trainer = build(args, model, tokenizer, dataset, out, gpu, reference_cache)
+            work.share = partial(recomputed, args, trainer, folder)
             timer = timing_callback(args.warm_up, work)
             trainer.add_callback(timer)
             if gpu:
@@ -147,7 +149,6 @@ def worker(args: argparse.Namespace) -> dict:
                 }
             with profiled(args.profile and reference_cache is not None):
                 trainer.train()
-            work.recomputed = recomputed(args, trainer, folder)
             reference += getattr(trainer, "reference_seconds", 0.0)
         step = timer.seconds / timer.steps / (args.batch_size * args.accumulation)
         peak = torch.cuda.max_memory_reserved() if gpu else peak_rss()
@@ -188,8 +189,11 @@ def layer_operations(folder: str) -> int:
 
 
 def recomputed(args, trainer, folder: str) -> float:
-    """Share of a forward that a backward repeats: of the packed engine's recomputed layers all but the down projection
-    where its own layers are in place; Unsloth and TRL recompute all layers or none."""
+    """Share of a forward that the backward of the pass that begins repeats.
+
+    Of the packed engine's recomputed layers all but the down projection where its own layers are in place; Unsloth and
+    TRL recompute all layers or none.
+    """
     from kto_core import model_shape
 
     if args.worker != "packed":
@@ -205,11 +209,13 @@ def recomputed(args, trainer, folder: str) -> float:
 class Work:
     """Counts the tokens that go through a model's decoder, padding included, with a gradient to come and without.
 
-    Recomputed layers do not pass here: ``recomputed`` is the share of a forward that each backward repeats.
+    Recomputed layers do not pass here: ``share()``, asked as each pass begins, is the share of a forward that its
+    backward repeats.
     """
 
     def __init__(self, model, a_token: int):
-        self.a_token, self.recomputed, self.with_gradient, self.without = a_token, 0.0, 0, 0
+        self.a_token, self.share = a_token, lambda: 0.0
+        self.reset()
         causal = model.get_base_model() if hasattr(model, "get_base_model") else model
         decoder = getattr(causal, causal.base_model_prefix)
         self.hook = decoder.register_forward_pre_hook(self._count, with_kwargs=True)
@@ -224,16 +230,18 @@ class Work:
             tokens = embeds.shape[0] * embeds.shape[1]
         if torch.is_grad_enabled():
             self.with_gradient += tokens
+            self.again += tokens * self.share()
         else:
             self.without += tokens
 
     def reset(self) -> None:
         self.with_gradient = self.without = 0
+        self.again = 0.0
 
     @property
     def operations(self) -> float:
         """Forward 1, backward 1 (towards the activations: the weights are frozen), and what is computed again."""
-        return self.a_token * (self.with_gradient * (2 + self.recomputed) + self.without)
+        return self.a_token * (2 * self.with_gradient + self.again + self.without)
 
     def remove(self) -> None:
         self.hook.remove()

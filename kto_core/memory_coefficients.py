@@ -49,6 +49,7 @@ class Coefficients:
             "gemma3_text": Saved((26.1, 34.1), (4.0, 6.0), (8.0, 16.0)),
         }
     )
+    packed_gpu: float = 1.065  # on a card, of the same: blocks' rounding, attention's statistics; measured, 3B to 14B
     working: float = 1.25  # of one layer's saved bytes, while it is computed again and its gradients flow
     adapter: float = 4.0 + 4.0  # float32 weight and gradient
     adam8: float = 2.0 + 8 / 256  # two 8-bit moments, a float for 256 of each
@@ -56,6 +57,7 @@ class Coefficients:
     ddp: float = 4.0  # buckets of the gradients' exchange
     logits: float = 10.0  # 16-bit and float32 logits, float32 gradient; per token of a chunk and vocabulary entry
     chunk_tokens: int = 1024
+    packed_logits: float = 15.0  # the same of the packed engine, which also takes entropy and mean; measured
     context: float = CONTEXT_GIB * GIB
     process: float = 1.3 * GIB  # main memory of Python with its libraries, on a CPU
     slack: float = 0.06  # of everything that comes and goes

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 SMALLER = {"20b": "13b", "13b": "7b", "7b": "3b", "3b": "demo"}
 UNKNOWN = 7e9  # parameters assumed of a model whose name tells nothing
-Y_TOKENS = 1.25  # what a batch counts in a token budget, for each of its own tokens: half of it completions
+PROMPTS = 0.5  # of a batch's tokens, prefixes that rows share counted once
+Y_TOKENS = 1.0625  # what a batch counts in a token budget, for each of its own tokens: half of it completions
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def _fit_packed(c, s: Shape, lengths, packed: Sample | None, available: float, k
     free = free * GIB - passes.RESERVE["cuda" if gpu else "cpu"]
 
     def most(n: int) -> int:
-        return max(0, int(free / sum(_tree(c, s, 1, n, k, gpu, store=True)[x] for x in ("activations", "K/V store"))))
+        return max(0, int(free / _token(c, s, k, gpu).peak(s.layers, n)))
 
     choices = range(s.layers + 1)
     if c.gradient_checkpointing != "auto":
@@ -146,8 +147,8 @@ def _fit_packed(c, s: Shape, lengths, packed: Sample | None, available: float, k
     budget, layers = passes.cheapest(groups, longest, s.layers, choices, most)
     single = max(groups) <= budget
     tokens = max(sums) if single else max(longest, min(budget, max(sums)))
-    moving = _peak(c, s, tokens, layers, k, gpu, store=single)
-    least = _parts(c, s, _peak(c, s, longest, max(choices), k, gpu, store=False), k, gpu)
+    moving = _peak(c, s, tokens, layers, k, gpu, store=PROMPTS if single else 0)
+    least = _parts(c, s, _peak(c, s, longest, max(choices), k, gpu, store=0), k, gpu)
     return _Fit(_parts(c, s, moving, k, gpu), available, layers, tokens, sum(least.values()))
 
 
@@ -166,37 +167,31 @@ def _packed_layer(c, s: Shape, k: Coefficients, gpu: bool) -> float:
     wide, _ = _number(c, gpu)
     saved = k.packed.get(s.architecture, k.packed[""])
     widths = saved.hidden[wide] * s.hidden + saved.kv[wide] * s.kv_width + saved.ffn[wide] * s.intermediate
-    return widths + saved.other[wide]
+    return (widths + saved.other[wide]) * (k.packed_gpu if gpu else 1)
 
 
-def _tree(c, s: Shape, tokens: int, checkpoint: int, k: Coefficients, gpu: bool, *, store: bool) -> dict[str, float]:
-    """Bytes of a pass as the packed engine counts them when it chooses: everything at once."""
+def _token(c, s: Shape, k: Coefficients, gpu: bool) -> passes.Token:
+    """What the engine will measure of a token."""
     _, number = _number(c, gpu)
-    layer = _packed_layer(c, s, k, gpu)
-    kept = (s.layers - checkpoint) * layer + checkpoint * s.hidden * number + (layer if checkpoint else 0)
-    passing = passes.working(s.hidden, s.intermediate, number) + 3 * number * s.hidden
-    return {
-        "activations": tokens * (kept + passing),
-        "K/V store": tokens * s.layers * s.kv_width * number if store else 0,
-        "logits": min(tokens, passes.chunk_tokens(s.vocabulary, "cuda" if gpu else "cpu")) * s.vocabulary * k.logits,
-    }
+    return passes.Token(
+        layer=_packed_layer(c, s, k, gpu),
+        entry=s.hidden * number,
+        rest=3 * s.hidden * number,
+        store=s.layers * s.kv_width * number,
+        busy=passes.working(s.hidden, s.intermediate, number),
+    )
 
 
-def _peak(c, s: Shape, tokens: int, checkpoint: int, k: Coefficients, gpu: bool, *, store: bool) -> dict[str, float]:
-    """Bytes at the peak of a pass: K/V store and logits are gone when the backward begins, which needs less than is
-    reserved; a layer's second computation and its gradients have not begun while answers are scored.
-
-    Measured (`benchmarks/RESULTS.md`): 10,258 tokens of a 7B took 10.6 GiB with all 32 layers computed again, 16.1 with
-    27 of them.
-    """
-    _, number = _number(c, gpu)
-    counted = _tree(c, s, tokens, checkpoint, k, gpu, store=store)
-    spared = tokens * number * (2 * s.intermediate + 2 * s.hidden)
-    backward = counted["activations"] - spared
-    later = passes.working(s.hidden, s.intermediate, number) + (_packed_layer(c, s, k, gpu) if checkpoint else 0)
-    more = counted["activations"] - tokens * later + counted["K/V store"] + counted["logits"] - backward
-    logits = min(counted["logits"], max(0.0, more))
-    return {"activations": backward, "K/V store": max(0.0, more - logits), "logits": logits}
+def _peak(c, s: Shape, tokens: int, checkpoint: int, k: Coefficients, gpu: bool, *, store: float) -> dict[str, float]:
+    """Bytes at the peak of a pass: when its answers are scored, or in the backward, when K/V store and logits are gone.
+    ``store``: share of the tokens whose keys and values are kept. Measured: `benchmarks/RESULTS.md`."""
+    token = _token(c, s, k, gpu)
+    kept, backward = tokens * token.kept(s.layers, checkpoint), tokens * token.backward(s.layers, checkpoint)
+    chunk = min(tokens, passes.chunk_tokens(s.vocabulary, "cuda" if gpu else "cpu"))
+    scoring = {"K/V store": store * tokens * token.store, "logits": chunk * s.vocabulary * k.packed_logits}
+    if sum(scoring.values()) >= backward:
+        return {"activations": kept, **scoring}
+    return {"activations": kept + backward, "K/V store": 0, "logits": 0}
 
 
 def _padded(c: RunConfig, s: Shape, tokens: int, checkpoint: int, k: Coefficients, gpu: bool) -> dict[str, float]:

@@ -72,6 +72,11 @@ def test_devices_tell_ours_from_others(monkeypatch):
     assert (only.index, only.name) == (0, "Card 1")
     monkeypatch.setenv(hardware.LIMIT, "12")
     assert hardware.devices()[0].total_gib == 12
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    (limited,) = hardware.devices()  # the 12 GiB beside the limit hold the 3 of the others
+    assert (limited.total_gib, limited.used_by_others_gib, limited.available_gib, limited.free_gib) == (12, 0, 12, 12)
+    monkeypatch.setenv(hardware.LIMIT, "23")
+    assert hardware.devices()[0].used_by_others_gib == 2 and hardware.devices()[0].available_gib == 21
     monkeypatch.setenv(hardware.LIMIT, "12GB")
     with pytest.raises(HardwareError, match="must be a number of GiB"):
         hardware.devices()
@@ -255,7 +260,7 @@ def test_saved_bytes_of_the_packed_engine(kind):
         for p in model.parameters():
             p.data = p.data.float() if p.requires_grad else p.data
         autocast = nullcontext if wide else partial(torch.autocast, "cpu", torch.bfloat16)
-        measured = memory.measure(Engine(model), autocast)[0]
+        measured = memory.measure(Engine(model), autocast)[0].layer
         k = memory_plan.Coefficients().packed
         saved = k.get(kind, k[""])
         counted = saved.hidden[wide] * hidden + saved.kv[wide] * 2 * 64 * kv + saved.ffn[wide] * ffn + saved.other[wide]
@@ -290,7 +295,7 @@ def test_checkpointing_only_as_far_as_memory_needs():
     assert 0 < small.checkpoint_layers <= small.layers and large.checkpoint_layers == 0
     assert hardware.plan(resolve(gradient_checkpointing=True), LENGTHS, device=CARD).checkpoint_layers == 32
     tiny = hardware.plan(resolve(), LENGTHS, device=Device(0, "x", 9.5, 9.5, 0, (8, 6)))
-    assert tiny.checkpoint_layers == 32 and 900 <= tiny.token_budget < small.token_budget
+    assert tiny.checkpoint_layers >= 31 and 900 <= tiny.token_budget < small.token_budget
 
 
 def test_shared_prefixes_count_once():
@@ -389,18 +394,27 @@ def test_logits_are_those_of_the_engines_chunk():
     shape = model_shape.find(c.model)
     tokens = passes.chunk_tokens(shape.vocabulary, "cuda")
     assert tokens * shape.vocabulary * 4 == passes.CHUNK_BYTES["cuda"]
-    counted = memory_plan._tree(c, shape, 9000, 4, k, True, store=False)["logits"]
-    assert counted == tokens * shape.vocabulary * k.logits
+    counted = memory_plan._peak(c, shape, 9000, 0, k, True, store=1)["logits"]
+    assert counted == tokens * shape.vocabulary * k.packed_logits
 
 
-@pytest.mark.parametrize(("layers", "measured"), [(32, 10.6), (27, 16.1)])
-def test_measured_packed_passes_are_foretold(layers, measured):
-    """10,258 tokens of a 7B, NF4, r 64, no optimizer (`benchmarks/RESULTS.md`): at least, and within 5 %."""
-    c, k = resolve(), memory_plan.Coefficients()
+@pytest.mark.parametrize(
+    ("preset", "tokens", "layers", "measured"),
+    [
+        ("7b", 5429, 32, 7.25), ("7b", 5429, 24, 12.07), ("7b", 5429, 16, 16.87),
+        ("3b", 5422, 36, 4.00), ("3b", 5422, 18, 10.81), ("3b", 5422, 0, 17.57),
+        ("13b", 5422, 48, 14.02), ("13b", 5422, 36, 22.01),
+    ],
+)  # fmt: skip
+def test_measured_packed_passes_are_foretold(preset, tokens, layers, measured):
+    """Allocated at the peak of a pass, NF4, no optimizer and hardly a gradient; most of each prompt is shared
+    (`benchmarks/RESULTS.md`)."""
+    c, k = resolve(preset), memory_plan.Coefficients()
     shape = model_shape.find(c.model)
-    parts = memory_plan._parts(c, shape, memory_plan._peak(c, shape, 10_258, layers, k, True, store=True), k, True)
-    found = sum(v for name, v in parts.items() if name not in ("CUDA context", "optimizer"))
-    assert measured <= found <= measured * 1.05, found
+    parts = memory_plan._parts(c, shape, memory_plan._peak(c, shape, tokens, layers, k, True, store=0.06), k, True)
+    left_out = ("CUDA context", "optimizer", "fragmentation")
+    found = sum(v for name, v in parts.items() if name not in left_out) - parts["adapters"] / 2
+    assert found == pytest.approx(measured, rel=0.04)
 
 
 # ---- one owner ------------------------------------------------------------------------------------------------------

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 
 from ..hardware import allowed
 from . import attention, sharding, tree
-from .passes import RESERVE, SHARE, cheapest, working, y_tokens
+from .passes import RESERVE, SHARE, Token, cheapest, layers_for, working, y_tokens
 from .sample import packed_tokens
 
 SCORING = (2048, 16384)  # most tokens of a pass without gradients: enough to keep a CPU, or a GPU, busy
@@ -36,47 +38,49 @@ def limits(
     recompute: bool | None = None,
     moments: float = 8,
 ):
-    """(token budget, layers to recompute) with which the sampled batches cost least (`passes.cheapest`).
+    """(token budget, layers to recompute at most) with which the sampled batches cost least (`passes.cheapest`).
 
-    ``checkpoint_layers`` given: only the budget is chosen. ``recompute``: layers may be recomputed before passes get
+    ``checkpoint_layers`` given: only the budget is chosen; else ``engine.needed`` is set, by which each pass recomputes
+    as few layers as its size needs. ``recompute``: layers may be recomputed before passes get
     smaller; default on a GPU (a CPU has memory, not speed, to spare). ``moments``: bytes that the optimizer keeps of a
     parameter. Also sets ``engine.scoring_tokens``, the tokens of a pass without gradients.
     """
     total = len(engine.layers)
-    per_layer, per_input, rest, copies = measure(engine, autocast)
-    config = engine.causal.config.get_text_config()
-    width = config.hidden_size
-    busy = working(width, getattr(config, "intermediate_size", 4 * width), int(per_input // width))
+    token, copies = measure(engine, autocast)
     free = available(engine.device) * SHARE - RESERVE.get(engine.device.type, 0)
     adapter = sum(p.numel() for p in engine.model.parameters() if p.requires_grad)
     free -= copies + (4 + moments) * adapter  # gradient and Adam's moments
     free -= sharding.gathered_bytes(engine.layers)
-    engine.scoring_tokens = max(longest, min(SCORING[engine.device.type == "cuda"], int(free / (2 * busy + rest))))
+    engine.scoring_tokens = max(
+        longest, min(SCORING[engine.device.type == "cuda"], int(free / (2 * token.busy + token.rest + token.store)))
+    )
 
     def most(layers: int) -> int:
-        a_token = (total - layers) * per_layer + layers * per_input + (per_layer if layers else 0) + busy + rest
-        return max(0, int(free / a_token))
+        return max(0, int(free / token.peak(total, layers)))
 
-    choices = range(total + 1) if checkpoint_layers is None else [min(checkpoint_layers, total)]
+    choices = list(range(total + 1)) if checkpoint_layers is None else [min(checkpoint_layers, total)]
     if recompute is None:
         recompute = engine.device.type != "cpu"
     if not recompute and checkpoint_layers is None:
         choices = [0, total] if most(0) < longest else [0]
+    if checkpoint_layers is None and not engine.divided:  # divided ones are computed again by all processes or none
+        engine.needed = partial(layers_for, choices=choices, most=most)
     return cheapest(groups, longest, total, choices, most)
 
 
-def measure(engine, autocast) -> tuple[float, float, float, float]:
-    """Bytes kept for the backward: by a token in one decoder layer; as a layer's input; outside the layers; and by the
-    pass whatever its tokens (number-format copies of the adapter's weights)."""
+def measure(engine, autocast) -> tuple[Token, float]:
+    """Bytes of a token, and bytes that a pass keeps whatever its tokens (number-format copies of the adapter)."""
     (few, few_rest, _), (many, many_rest, width) = (_kept(engine, autocast, t) for t in MEASURED)
     tokens, layers = MEASURED[1] - MEASURED[0], max(1, len(engine.layers))
     per_layer = (many - few) / tokens / layers
     config = engine.causal.config.get_text_config()
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    store = 2 * heads * head * (width // config.hidden_size) * len(engine.layers)  # the prompts' keys and values
-    rest = (many_rest - few_rest) / tokens + 3 * width + store
-    return per_layer, width, rest, max(0.0, few - per_layer * layers * MEASURED[0])
+    number = width // config.hidden_size  # bytes of one
+    store = 2 * heads * head * number * len(engine.layers)  # counted as if all tokens were prompt
+    rest = (many_rest - few_rest) / tokens + 3 * width
+    busy = working(config.hidden_size, getattr(config, "intermediate_size", 4 * config.hidden_size), number)
+    return Token(per_layer, width, rest, store, busy), max(0.0, few - per_layer * layers * MEASURED[0])
 
 
 def _unpack(_):
@@ -140,7 +144,8 @@ def tighten(engine, longest: int, batch: int, recompute: bool = True) -> bool:
     """
     total = len(engine.layers)
     if recompute and engine.checkpoint_layers < total:
-        engine.checkpoint_layers = min(total, engine.checkpoint_layers + max(1, total // 4))
+        engine.least_layers = min(total, engine.checkpoint_layers + max(1, total // 4))
+        engine.checkpoint_layers = engine.least_layers
         return True
     budget = min(engine.token_budget or batch, batch)  # a larger one would change nothing
     if budget <= longest:

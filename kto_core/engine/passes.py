@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 Y_PASS = 0.3  # of a batch's forward: the y' on kept keys and values
 PASS = 2048  # tokens whose forward takes as long as what every pass costs: weights taken out of 4 bits, kernel launches
@@ -17,13 +18,38 @@ GATHERED = 3  # divided layers' weights at once: the one that runs, the buffer i
 
 
 def working(hidden: int, intermediate: int, number: int) -> int:
-    """Bytes a token that come and go in one layer's backward: gradients of the FFN's and attention's activations."""
-    return number * (5 * intermediate + 6 * hidden)
+    """Bytes a token that come and go in one layer's backward, beside what the layer keeps: gradients of the FFN's and
+    attention's activations."""
+    return number * (3 * intermediate + 4 * hidden)
+
+
+class Token(NamedTuple):
+    """Bytes of a token of a pass: kept by a layer; by one that is recomputed (its input); outside the layers; keys and
+    values of all layers; and `working`."""
+
+    layer: float
+    entry: float
+    rest: float
+    store: float
+    busy: float
+
+    def kept(self, layers: int, recomputed: int) -> float:
+        """For the backward, ``recomputed`` of the layers being computed again."""
+        return (layers - recomputed) * self.layer + recomputed * self.entry + self.rest
+
+    def backward(self, layers: int, recomputed: int) -> float:
+        """In a layer's backward, which may have to compute the layer again first. Recomputed are the first ones: when
+        their turn comes, the others have given up theirs."""
+        return self.busy + (self.layer - self.entry if recomputed == layers else 0)
+
+    def peak(self, layers: int, recomputed: int) -> float:
+        """At the worse of two moments: when the y' are scored on the kept keys and values, and in the backward."""
+        return self.kept(layers, recomputed) + max(self.store, self.backward(layers, recomputed))
 
 
 def y_tokens(length: int) -> int:
     """What a y' counts in a token budget: it is run without gradients, one layer's activations at a time."""
-    return length // 2
+    return length // 8
 
 
 def chunk_tokens(vocabulary: int, device: str) -> int:
@@ -31,29 +57,36 @@ def chunk_tokens(vocabulary: int, device: str) -> int:
     return max(16, CHUNK_BYTES["cuda" if device == "cuda" else "cpu"] // (4 * vocabulary))
 
 
+def layers_for(tokens: float, choices: Sequence[int], most: Callable[[int], int]) -> int:
+    """The fewest layers to recompute (of ``choices``, fewest first) with which so many tokens fit; else the most."""
+    return next((n for n in choices if most(n) >= tokens), choices[-1])
+
+
 def cheapest(
     groups: Sequence[int], longest: int, layers: int, choices: Iterable[int], most: Callable[[int], int]
 ) -> tuple[int, int]:
-    """(token budget, layers to recompute) with which batches of these sizes cost least.
+    """(token budget, layers that the largest pass recomputes) with which batches of these sizes cost least.
 
     A batch that fits one pass costs a forward, a backward and its y'; one that does not needs another forward for z0
-    before. Recomputed layers cost their share of a forward and leave room for more tokens in a pass. The budget holds
-    the longest row if that is possible at all.
+    before. Recomputed layers cost their share of a forward and leave room for more tokens in a pass; each pass
+    recomputes as few as its size needs. The budget holds the longest row if that is possible at all.
 
     Args:
         groups: what optimizer batches count in a token budget. longest: tokens of the longest row.
         layers: of the model. choices: how many of them may be recomputed, fewest first.
         most: layers recomputed -> tokens of a pass that the memory holds.
     """
-
-    def cost(recomputed: int) -> float:
-        budget, each = most(recomputed), 2 + recomputed / layers
-        if budget < longest:
-            return math.inf
-        passes = [math.ceil(g / budget) for g in groups]
-        return sum(g * (each + (Y_PASS if n == 1 else 1)) + PASS * n for g, n in zip(groups, passes, strict=True))
-
     choices = list(choices)
-    best = min(choices, key=cost)
-    best = best if cost(best) < math.inf else choices[-1]
-    return most(best), best
+    held = {n: most(n) for n in choices}
+
+    def cost(budget: int) -> float:
+        total = 0.0
+        for g in groups:
+            passes = math.ceil(g / budget)
+            again = layers_for(g / passes, choices, held.get) / layers
+            total += g * (2 + again + (Y_PASS if passes == 1 else 1)) + PASS * passes
+        return total
+
+    budgets = sorted({n for n in held.values() if n >= longest})
+    budget = min(budgets, key=cost) if budgets else held[choices[-1]]
+    return budget, layers_for(min(budget, max(groups, default=budget)), choices, held.get)

@@ -65,6 +65,9 @@ class Engine:
         token_budget: packed tokens of one pass with gradients; None: everything in one. ``scoring_tokens``: of one
             without, the same unless set.
         checkpoint_layers: decoder layers (from the first) that are computed again in the backward to save memory.
+
+    Where ``needed`` is set (tokens of a pass -> layers it has to compute again), each pass with gradients sets
+    ``checkpoint_layers`` by it, to ``least_layers`` at least.
     """
 
     def __init__(self, model, token_budget: int | None = None, checkpoint_layers: int = 0):
@@ -78,6 +81,8 @@ class Engine:
         self.divided = sharding.is_divided(self.decoder)
         self.layers = [m for m in self.decoder.modules() if isinstance(m, GradientCheckpointingLayer)]
         self.checkpoint_layers = checkpoint_layers
+        self.needed: Callable[[int], int] | None = None
+        self.least_layers = 0
         self._configs = attention.configs(model)
         self.lean = lean.lean_forwards(self.decoder)
 
@@ -240,6 +245,9 @@ class Engine:
                     if kl and count == 1:
                         branches = tree.branch(t, [group.borrowed[i] for i in numbers])
                         store, keep = {}, self._tensor(branches.keep)
+                    if self.needed is not None and backward is not None:
+                        tokens = len(t) + (sum(extra[i] for i in numbers) if count == 1 else 0)
+                        self.checkpoint_layers = max(self.least_layers, self.needed(tokens))
                     run = attention.Pass(t.segments, self.device, keep=keep, store=store)
                     hidden = self.forward(t.ids, t.positions, run)
                     run.close()
