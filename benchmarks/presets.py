@@ -1,7 +1,7 @@
 """Every preset on a card of 24 GiB: does it train, at what speed, and was its memory foretold?
 
-``python benchmarks/presets.py --data FILE [--presets 3b,7b,13b] [--lengths 512,1024,2048] [--json OUT]`` trains each
-preset at its own batch, length and LoRA for ``--steps`` optimizer steps, on a model of the real shape with random
+``python benchmarks/presets.py --data FILE [--presets 3b,7b,13b] [--lengths own,512,1024] [--json OUT]`` trains each
+preset at its own batch and LoRA for ``--steps`` optimizer steps, on a model of the real shape with random
 weights (`shapes.py`, a 4-bit checkpoint as the presets' own models are; ``--bf16``: put into 4 bits on loading), loaded
 through the product's own path, in a process of its own whose share of the card is capped at ``--cap-gib``
 (KTO_STUDIO_GPU_GIB). It prints the predicted peak beside ``torch.cuda.max_memory_reserved`` plus the CUDA context.
@@ -169,7 +169,7 @@ def arguments(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", required=True)
     parser.add_argument("--presets", default="3b,7b,13b,20b")
-    parser.add_argument("--lengths", default="", help="also at these max_length values, comma-separated")
+    parser.add_argument("--lengths", default="own", help="values of max_length, comma-separated; own: the preset's")
     parser.add_argument("--engine", default="auto")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--cap-gib", type=float, default=24.0)
@@ -231,7 +231,7 @@ def main(argv=None) -> int:
     results = []
     counts = list(dict.fromkeys([1, args.num_gpus])) if args.num_gpus else [None]
     for preset in args.presets.split(","):
-        for length in [None, *(int(x) for x in args.lengths.split(",") if x)]:
+        for length in [None if x == "own" else int(x) for x in args.lengths.split(",")]:
             compared = []
             for gpus in counts:
                 compared.append(apart(args, preset, length, gpus))

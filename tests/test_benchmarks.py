@@ -141,8 +141,9 @@ def test_the_work_of_a_step_is_counted(tiny_model):
         model(ids[:1])
     assert (work.with_gradient, work.without) == (24, 36)
     assert work.operations == a_token * (24 * 2 + 36)
-    work.recomputed = 0.5
-    assert work.operations == a_token * (24 * 2.5 + 36)
+    work.share = lambda: 0.5
+    model(input_ids=ids[:1])
+    assert work.operations == a_token * (24 * 2 + 12 * 2.5 + 36)
     work.reset()
     work.remove()
     model(input_ids=ids)
@@ -286,7 +287,7 @@ def test_each_preset_is_run_on_one_gpu_and_on_many(monkeypatch, capsys):
         return {"preset": preset, "num_gpus": gpus or 1, "examples_per_second": 10.0 * (gpus or 1)}
 
     monkeypatch.setattr(presets, "apart", apart)
-    presets.main(["--data", "x", "--presets", "3b,7b", "--lengths", "512", "--num-gpus", "2"])
+    presets.main(["--data", "x", "--presets", "3b,7b", "--lengths", "own,512", "--num-gpus", "2"])
     assert asked == [(p, n, g) for p in ("3b", "7b") for n in (None, 512) for g in (1, 2)]
     assert capsys.readouterr().out.count("rows/s, 2.00 times") == 4
     asked.clear()
@@ -380,3 +381,23 @@ def test_the_pictures_colours_can_be_told_from_the_ground():
         for name, colour in colours.items():
             least = {"text": 7, ".note": 7, ".ground": 1}.get(name, 3)
             assert contrast(colour, colours[".ground"]) >= least, (name, colour)
+
+
+# ---- out_of_memory.py -----------------------------------------------------------------------------------------------
+
+
+def test_runs_that_are_left_alone_are_alike(tiny_model, tmp_path, monkeypatch, capsys):
+    """The benchmark of a full card, where no card is: every run ends well, with the same losses."""
+    import out_of_memory
+    from training import make_data
+
+    from kto_core import hardware
+
+    monkeypatch.setenv(hardware.LIMIT, "24")  # `main` sets it for its process
+    argv = ["--data", str(make_data(tmp_path / "data.jsonl", 16)), "--model", str(tiny_model), "--then-gib", "2"]
+    assert out_of_memory.main([*argv, "--steps", "3", "--after", "1", "--json"]) == 0
+    runs = json.loads(capsys.readouterr().out.splitlines()[-1])["runs"]
+    assert [r["then_gib"] for r in runs] == [None, 2.0]
+    for run in runs:
+        assert run["state"] == "finished" and len(run["losses"]) == 3, run
+        assert run["largest_difference"] == 0 and run["said"] == []
