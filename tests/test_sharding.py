@@ -39,8 +39,9 @@ config = resolved({model!r}, "", load_in_4bit=four_bits).config
 load = partial(models.load_base, config, for_training=True)
 whole = load()
 divided = sharding.load_divided(partial(load, in_main_memory=True), models.training_device())
-sizes = [p.numel() for p in whole.model.layers.parameters() if p.ndim > 1]
-assert sum(sharding.local(p).numel() for p in divided.model.layers.parameters() if p.ndim > 1) == sum(sizes) // 2
+sizes = [p.nbytes for p in whole.model.layers.parameters() if p.ndim > 1]
+assert sum(sharding.local(p).nbytes for p in divided.model.layers.parameters() if p.ndim > 1) == sum(sizes) // 2
+assert all(p.is_floating_point() for p in divided.model.layers.parameters())
 held = {{p.untyped_storage().nbytes() for p in map(sharding.local, divided.model.layers.parameters())}}
 assert max(held) == max(p.numel() * p.element_size() for p in whole.model.layers.parameters()) // 2
 

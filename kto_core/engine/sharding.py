@@ -81,7 +81,11 @@ def _divide_layer(layer, mesh) -> None:
         if (state := getattr(weight, "quant_state", None)) is not None:
             module.quant_state = state  # where bitsandbytes looks for it when the gathered weight has none
             four_bits[module] = {name: getattr(weight, name) for name in FOUR_BITS if hasattr(weight, name)}
-            module.weight = torch.nn.Parameter(weight.data.as_subclass(torch.Tensor), requires_grad=False)
+            data = weight.data.as_subclass(torch.Tensor)
+            if data.dtype == torch.uint8 and data.numel() % 2 == 0:
+                # the same bytes: older FSDP (torch 2.11) fails on parameters that are whole numbers
+                data = data.view(-1).view(torch.bfloat16)[:, None]
+            module.weight = torch.nn.Parameter(data, requires_grad=False)
     fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
     for module, values in four_bits.items():
         vars(module.weight).update(values)
@@ -97,7 +101,12 @@ def _is_share(tensor) -> bool:
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """All of a tensor; of a divided one by asking all processes, which must ask for the same one."""
-    return tensor.detach().full_tensor() if _is_share(tensor) else tensor
+    if not _is_share(tensor):
+        return tensor
+    found = tensor.detach().full_tensor()
+    if getattr(tensor, "quant_storage", found.dtype) != found.dtype:  # see `_divide_layer`
+        found = found.view(-1).view(tensor.quant_storage)[:, None]
+    return found
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
