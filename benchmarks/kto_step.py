@@ -44,7 +44,8 @@ def arguments(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--engines", default="trl,packed", help=f"comma-separated, of {', '.join(ENGINES)}")
     parser.add_argument("--data", required=True)
-    parser.add_argument("--rows", type=int, default=64, help="the first N rows of the file, shuffled")
+    parser.add_argument("--rows", type=int, default=64, help="so many rows of the file, drawn at random")
+    parser.add_argument("--first", action="store_true", help="the file's first rows instead, which are often alike")
     parser.add_argument("--model", default="demo", help="demo, a folder, or shape:NAME (random weights; see shapes.py)")
     parser.add_argument("--batch-size", type=int, default=4, help="rows of a micro-batch")
     parser.add_argument("--accumulation", type=int, default=2, help="micro-batches of a step")
@@ -244,7 +245,9 @@ class Work:
         return self.a_token * (2 * self.with_gradient + self.again + self.without)
 
     def remove(self) -> None:
+        """Let go of the model and of what ``share`` asks: the next run needs the memory."""
         self.hook.remove()
+        self.share = None
 
 
 def matrix_rate(device: str, size: int | None = None, repeat: int = 20) -> float:
@@ -290,15 +293,17 @@ def model_folder(name: str, nf4: bool = False) -> str:
 
 
 def rows(args, folder: str):
-    """The first rows that fit, encoded, in a shuffled order; their labels; the tokenizer."""
+    """Rows that fit, drawn at random (neighbours in a file are alike), encoded; their labels; the tokenizer."""
     import random
 
     from kto_core import dataset, template
     from kto_core.model import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
-    found = []
-    for row in dataset.load(args.data).rows:
+    found, drawn = [], list(dataset.load(args.data).rows)
+    if not args.first:
+        random.Random(0).shuffle(drawn)
+    for row in drawn:
         encoded = template.encode(row, tokenizer, args.max_length)
         if encoded.fate != "too_long":
             found.append((encoded, row.label))

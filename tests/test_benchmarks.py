@@ -1,8 +1,10 @@
 """The parts of benchmarks/ that need no GPU: what they count, search, draw and write."""
 
 import functools
+import gc
 import json
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -145,7 +147,10 @@ def test_the_work_of_a_step_is_counted(tiny_model):
     model(input_ids=ids[:1])
     assert work.operations == a_token * (24 * 2 + 12 * 2.5 + 36)
     work.reset()
+    asked = weakref.ref(work.share)
     work.remove()
+    gc.collect()
+    assert asked() is None
     model(input_ids=ids)
     assert work.operations == 0
 
