@@ -10,8 +10,12 @@ import json
 import os
 import re
 import shutil
+import threading
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+
+from .jobs import Progress, check_cancel, no_progress
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"^checkpoint-(\d+)$")
@@ -44,15 +48,16 @@ def newest_whole(root: Path) -> tuple[Path | None, list[str]]:
     return None, skipped
 
 
-def problem(folder: Path) -> str:
-    """Why a checkpoint cannot be used, or ""."""
+def problem(folder: Path, *, progress: Progress = no_progress, cancel: threading.Event | None = None) -> str:
+    """Why a checkpoint cannot be used, or "". Raises Cancelled, as all its files are read."""
     try:
         files = json.loads((folder / MANIFEST).read_text())["files"]
+        read = _counted(sum(size for size, _ in files.values()), progress, cancel)
         for name, (size, crc) in files.items():
             file = folder / name
             if not file.is_file():
                 return f"{name} is missing"
-            if file.stat().st_size != size or _crc(file) != crc:
+            if file.stat().st_size != size or _crc(file, read) != crc:
                 return f"{name} is damaged"
     except FileNotFoundError:
         return "it was not written to its end"
@@ -61,11 +66,11 @@ def problem(folder: Path) -> str:
     return ""
 
 
-def seal(folder: Path) -> None:
-    """Write the manifest of a complete folder."""
-    files = {
-        p.relative_to(folder).as_posix(): [p.stat().st_size, _crc(p)] for p in sorted(folder.rglob("*")) if p.is_file()
-    }
+def seal(folder: Path, *, progress: Progress = no_progress, cancel: threading.Event | None = None) -> None:
+    """Write the manifest of a complete folder. Raises Cancelled, as all its files are read."""
+    sizes = {p: p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+    read = _counted(sum(sizes.values()), progress, cancel)
+    files = {p.relative_to(folder).as_posix(): [size, _crc(p, read)] for p, size in sizes.items()}
     part = folder / (MANIFEST + ".part")
     part.write_text(json.dumps({"files": files}, indent=1))
     os.replace(part, folder / MANIFEST)
@@ -102,9 +107,23 @@ def clean(root: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _crc(file: Path) -> int:
+def _counted(total: int, progress: Progress, cancel: threading.Event | None) -> Callable[[int], None]:
+    """To be called with the number of bytes that were read."""
+    done = 0
+
+    def read(count: int) -> None:
+        nonlocal done
+        check_cancel(cancel)
+        done += count
+        progress(min(1.0, done / max(1, total)), f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB")
+
+    return read
+
+
+def _crc(file: Path, read: Callable[[int], None]) -> int:
     value = 0
     with open(file, "rb") as f:
         while block := f.read(1 << 22):
+            read(len(block))
             value = zlib.crc32(block, value)
     return value

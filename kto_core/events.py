@@ -1,6 +1,6 @@
 """The event log of a run: append, read, fold into a RunState, thin for a plot. Standard library only.
 
-One JSON object a line: ``{"t": unix seconds, "kind": "status" | "metric" | "log" | "checkpoint" | "error", ...}``.
+One JSON object a line: ``{"t": unix seconds, "kind": …, ...}``; kinds: status, metric, log, checkpoint, error, used.
 Writers append whole lines; a torn last line (a writer that died, or is writing now) is left for the next read.
 This module knows nothing of run folders, processes or models.
 """
@@ -109,6 +109,7 @@ class RunState:
     logs: list[dict] = field(default_factory=list)  # each has "t", "text", "level"
     phases: list[dict] = field(default_factory=list)  # each has "t" and "text": what status events said, numbers apart
     checkpoints: list[dict] = field(default_factory=list)  # each has "step", "path" and "t"
+    used: dict = field(default_factory=dict)  # what took the place of ``auto``, and the like; of the newest start
     error: str = ""
     _series: dict = field(default_factory=dict, repr=False, compare=False)  # metric -> (metrics looked at, points)
 
@@ -153,6 +154,8 @@ def fold(events: Iterable[dict], state: RunState | None = None) -> RunState:
             state.logs.append({"t": t, "text": str(e.get("text", "")), "level": e.get("level", "info")})
         elif kind == "checkpoint":
             state.checkpoints.append({"step": e.get("step"), "path": e.get("path"), "t": t})
+        elif kind == "used":
+            state.used = {k: v for k, v in e.items() if k not in ("kind", "t")}
         elif kind == "error":
             state.error = str(e.get("message", ""))
             state.logs.append({"t": t, "text": state.error, "level": "error"})

@@ -59,9 +59,8 @@ def _merge(run, progress: Progress, cancel) -> Path:
     adapter, name = _adapter(run), run.config().config.model
     folder = run.path / "exports" / "merged"
     base = model_info.local_folder(name, _stage(progress, 0.0, 0.02), cancel)
-    source = _source(adapter, base)
-    progress(None, "Looking for an earlier merge…")
-    if _merge_is_fresh(folder, source):
+    source = _source(adapter, base, cancel)
+    if _merge_is_fresh(folder, source, progress, cancel):
         progress(1.0, "The merged model is there already.")
         return folder
     facts = model_info.model_facts(str(base))
@@ -86,11 +85,10 @@ def _merge(run, progress: Progress, cancel) -> Path:
         env = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}  # all is here; the GPU may be somebody else's
         child.call("merging", "merge", arguments, what="The merge", progress=progress, cancel=cancel, env=env,
                    on_line=loading)  # fmt: skip
-        if _source(_adapter(run), base) != source:
+        if _source(_adapter(run), base, cancel) != source:
             raise ExportError(f"The adapter of {run.id} was replaced during the merge. Merge again.")
         check_cancel(cancel)
-        progress(0.98, "Checking the merged model…")
-        checkpoints.seal(part)
+        checkpoints.seal(part, progress=_told("Checking the merged model", _stage(progress, 0.98, 1.0)), cancel=cancel)
         checkpoints.put(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -98,8 +96,11 @@ def _merge(run, progress: Progress, cancel) -> Path:
     return folder
 
 
-def _merge_is_fresh(folder: Path, source: str) -> bool:
-    return merged_facts(folder).get("source") == source and not checkpoints.problem(folder)
+def _merge_is_fresh(folder: Path, source: str, progress: Progress = no_progress, cancel=None) -> bool:
+    if merged_facts(folder).get("source") != source:
+        return False
+    told = _told("Looking at an earlier merge", lambda _, text: progress(None, text))
+    return not checkpoints.problem(folder, progress=told, cancel=cancel)
 
 
 def merged_facts(folder: Path) -> dict:
@@ -136,7 +137,7 @@ def _gguf(run, names: list[str], progress: Progress, cancel) -> list[Path]:
     adapter, facts = _adapter(run), model_info.model_facts(config.model)
     converters.require_convertible(facts.architecture)
     base = model_info.local_folder(config.model, _stage(progress, 0.0, 0.02), cancel)
-    source, folder = _source(adapter, base), run.path / "exports" / "gguf"
+    source, folder = _source(adapter, base, cancel), run.path / "exports" / "gguf"
     paths = {q: folder / f"{_stem(config.model)}-{q}.gguf" for q in ggufs.QUANTS}
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob("*.part"):
@@ -149,7 +150,7 @@ def _gguf(run, names: list[str], progress: Progress, cancel) -> list[Path]:
     converters.require_convertible(facts.architecture, converters.converter(_stage(progress, 0.02, 0.1), cancel))
     have_f16 = _gguf_is_fresh(paths["f16"], source)
     need = sum(ggufs.QUANTS[q] for q in todo) + (0 if have_f16 or "f16" in todo else ggufs.QUANTS["f16"])
-    if not _merge_is_fresh(run.path / "exports" / "merged", source):
+    if not _merge_is_fresh(run.path / "exports" / "merged", source, progress, cancel):
         need += 2.0
     require_disk(run.path, need * facts.parameters, "Merged model and GGUF files")
     merged = _merge(run, _stage(progress, 0.1, 0.5), cancel)
@@ -318,7 +319,7 @@ def push(
         is_private = hub.prepare(repo, private, secret, progress=progress, cancel=cancel)  # before hours of work
         files, dtype = _to_upload(run, adapter, asked, _stage(progress, 0.0, 0.5), cancel)
         card = model_card.write(
-            run, repo, asked, adapter_sha256=_sha256(adapter / "adapter_model.safetensors"),
+            run, repo, asked, adapter_sha256=_sha256(adapter / "adapter_model.safetensors", cancel),
             files=[name for _, name in files], dtype=dtype,
         )  # fmt: skip
         url = hub.upload(repo, secret, files, card, progress=_stage(progress, 0.5, 1.0), cancel=cancel)
@@ -335,7 +336,7 @@ def _to_upload(run, adapter: Path, what: list[str], progress: Progress, cancel) 
     if "adapter" in what:
         files += _plain_files(adapter, "adapter/" if "merged" in what else "")
     if "gguf" in what:
-        source = _source(adapter, _base(run, cancel))
+        source = _source(adapter, _base(run, cancel), cancel)
         folder = run.path / "exports" / "gguf"
         there = [p for p in sorted(folder.glob("*.gguf")) if _gguf_is_fresh(p, source)]
         for path in there or _gguf(run, [DEFAULT_QUANT], progress, cancel):
@@ -363,23 +364,32 @@ def _base(run, cancel) -> Path:
     return model_info.local_folder(run.config().config.model, cancel=cancel)
 
 
-def _source(adapter: Path, base: Path) -> str:
+def _source(adapter: Path, base: Path, cancel: threading.Event | None = None) -> str:
     """What exports are made of, as one hash: the adapter's content, and which files the base has."""
     digest = hashlib.sha256(str(FORMAT).encode())
     for name in ("adapter_model.safetensors", "adapter_config.json"):
-        digest.update(_sha256(adapter / name).encode())
+        digest.update(_sha256(adapter / name, cancel).encode())
     for file in sorted([*base.glob("*.safetensors"), *base.glob("*.json"), *base.glob("*.jinja")]):
         stat = file.stat()
         digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}".encode())
     return digest.hexdigest()
 
 
-def _sha256(file: Path) -> str:
+def _sha256(file: Path, cancel: threading.Event | None = None) -> str:
+    digest = hashlib.sha256()
     try:
         with open(file, "rb") as f:
-            return hashlib.file_digest(f, "sha256").hexdigest()
+            while block := f.read(1 << 22):
+                check_cancel(cancel)
+                digest.update(block)
+        return digest.hexdigest()
     except OSError as e:
         raise ExportError(f"The adapter's {file.name} cannot be read ({e.strerror}). Train or resume the run.") from e
+
+
+def _told(what: str, progress: Progress) -> Progress:
+    """``progress`` that says of what the numbers are."""
+    return lambda fraction, text: progress(fraction, f"{what}: {text}")
 
 
 def _stage(progress: Progress, start: float, end: float) -> Progress:

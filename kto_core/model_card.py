@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from importlib import metadata
 from pathlib import Path
 
 from .hub import TAG
-from .model_files import HUB_ID
+from .model_files import HUB_ID, adapter_origin
 from .model_info import public_name
 
 SETTINGS = ("loss_type", "beta", "desirable_weight", "undesirable_weight", "learning_rate", "lr_scheduler_type",
@@ -15,6 +16,8 @@ SETTINGS = ("loss_type", "beta", "desirable_weight", "undesirable_weight", "lear
             "load_in_4bit", "kl_group", "engine", "seed")  # fmt: skip
 METRICS = ("loss", "kl", "rewards/chosen", "rewards/rejected", "rewards/margins", "eval_loss", "eval_kl",
            "eval_rewards/chosen", "eval_rewards/rejected", "eval_rewards/margins", "eval_auc")  # fmt: skip
+USED = ("optim", "kl_group", "engine")  # settings in whose place a run may take something else, which it writes down
+SHAPE = ("r", "lora_alpha", "lora_dropout", "target_modules")  # of a run that went on: its adapter's, not its own
 PACKAGES = ("trl", "peft", "transformers", "torch")
 
 
@@ -65,11 +68,11 @@ def write(run, repo: str, what: list[str], *, adapter_sha256: str, files: list[s
         "## Data",
         _data(data, source, hub_data),
         "## Settings",
-        _table([(name, getattr(config, name)) for name in SETTINGS]),
+        _table(_settings(run, config, state.used)),
         "## Metrics",
         _metrics(state),
         "## Lineage",
-        _lineage(run, base, adapter_sha256, what, dtype),
+        _lineage(run, base, _began(config, state.used), adapter_sha256, what, dtype),
         "## Licence",
         "Not stated here. The base model's licence and the data's terms apply; add yours to this card's header.",
     ]
@@ -130,6 +133,19 @@ def _count(part: dict) -> str:
     return f"{part['rows']:,} ({part.get('desirable', 0):,} desirable, {part.get('undesirable', 0):,} undesirable)"
 
 
+def _settings(run, config, used: dict) -> list[tuple]:
+    """Name and value of each setting: what was used, which is not always what was configured."""
+    values = {name: getattr(config, name) for name in SETTINGS}
+    for name in USED:
+        values[name] = used.get(name) or f"{values[name]} (as configured)"
+    if config.adapter:
+        own = json.loads((run.adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        for name in SHAPE:
+            value = own.get(name, values[name])
+            values[name] = sorted(value) if isinstance(value, list) else value
+    return list(values.items())
+
+
 def _metrics(state) -> str:
     rows = [(name, state.latest(name)) for name in METRICS]
     rows = [(name, f"{value:.4g}") for name, value in rows if value is not None]
@@ -138,14 +154,29 @@ def _metrics(state) -> str:
     return f"After {state.step:,} steps; the last value of each.\n\n" + _table(rows)
 
 
-def _lineage(run, base: str, adapter_sha256: str, what: list[str], dtype: str) -> str:
-    lines = [f"1. base model `{base}`", f"2. LoRA adapter of run `{run.id}`, sha256 `{adapter_sha256}`"]
+def _began(config, used: dict) -> str:
+    """The adapter that the run went on from, in words without a path; "" if it began with a fresh one."""
+    if not config.adapter:
+        return ""
+    noted = used.get("began_from")
+    origin = noted if isinstance(noted, dict) and noted else adapter_origin(config.adapter)
+    if name := origin.get("run"):
+        return f"LoRA adapter of run `{name}`" + (f", {step}" if (step := origin.get("checkpoint")) else "")
+    return f"LoRA adapter `{origin.get('folder')}`"
+
+
+def _lineage(run, base: str, began: str, adapter_sha256: str, what: list[str], dtype: str) -> str:
+    lines = [f"base model `{base}`"]
+    if began:
+        lines.append(f"{began}, from which this run went on")
+    lines.append(f"LoRA adapter of run `{run.id}`, sha256 `{adapter_sha256}`")
     if "merged" in what or "gguf" in what:
-        lines.append(f"3. merged into the base in fp32, stored as {dtype or '16 bit'}")
+        lines.append(f"merged into the base in fp32, stored as {dtype or '16 bit'}")
     if "gguf" in what:
-        lines.append("4. converted with llama.cpp's `convert_hf_to_gguf.py`, quantized by llama.cpp")
+        lines.append("converted with llama.cpp's `convert_hf_to_gguf.py`, quantized by llama.cpp")
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES)
-    return "\n".join(lines) + f"\n\nMade with KTO Studio ({versions})."
+    numbered = [f"{i}. {line}" for i, line in enumerate(lines, 1)]
+    return "\n".join(numbered) + f"\n\nMade with KTO Studio ({versions})."
 
 
 def _table(rows: list[tuple]) -> str:

@@ -176,6 +176,17 @@ def _explained(name: str):
         ) from e
 
 
+def adapter_origin(folder: str | Path) -> dict[str, str]:
+    """Where an adapter comes from, without a path of this machine: the id of its ``run`` (and the ``checkpoint``), else
+    the last part of its ``folder``."""
+    path = Path(folder).expanduser().resolve()
+    of_checkpoint = path.parent.name == "checkpoints"
+    run = path.parents[1] if of_checkpoint else path.parent
+    if all((run / name).is_file() for name in ("config.yaml", "events.jsonl")):
+        return {"run": run.name} | ({"checkpoint": path.name} if of_checkpoint else {})
+    return {"folder": path.name}
+
+
 def require_adapter(folder: Path) -> None:
     """Whether ``folder`` has a safetensors adapter.
 

@@ -22,7 +22,7 @@ from . import alive, checkpoints, memory_plan, model_info, out_of_memory, ranks
 from .dry_run import dry_run  # noqa: F401 - a door of this module
 from .errors import Cancelled, ConfigError, DataError, HardwareError, KTOError, NotServed
 from .events import EventLog, read
-from .train_choices import choose_engine, precompute_pays, use_checkpointing, use_sharding
+from .train_choices import choose_engine, precompute_pays, use_checkpointing, use_sharding, used
 from .train_data import Planned, plan_data, write_dataset_json
 
 if TYPE_CHECKING:
@@ -286,7 +286,7 @@ def _build_with(engine: str, config, run_dir, data: Planned, tokenizer, events, 
     kl, batch = config.loss_type != "apo_zero_unpaired", config.per_device_train_batch_size
     encoded = partial(trainers.encoded_dataset, batch=batch, kl=kl, keys=engine == "packed")
     with _clear_errors(config):
-        return trainers.studio_class(base_class)(
+        trainer = trainers.studio_class(base_class)(
             model=model,
             args=args,
             train_dataset=encoded(data.train, data.labels),
@@ -302,6 +302,8 @@ def _build_with(engine: str, config, run_dir, data: Planned, tokenizer, events, 
             },
             **keywords,
         )
+    events.append("used", **used(config, engine, args.optim.value))
+    return trainer
 
 
 @contextlib.contextmanager

@@ -44,6 +44,15 @@ def choose_engine(config: RunConfig, events: EventLog) -> str:
     return "trl"
 
 
+def used(config: RunConfig, engine: str, optim: str) -> dict:
+    """What the run works with where the configuration does not say it: kept in its events, for the model card."""
+    from .model_files import adapter_origin
+
+    facts: dict = {"engine": engine, "optim": optim}
+    facts["kl_group"] = config.kl_group if engine == "packed" else "microbatch"  # the others have no wider one
+    return facts | ({"began_from": adapter_origin(config.adapter)} if config.adapter else {})
+
+
 def use_sharding(config: RunConfig, data: Planned, engine: str, events: EventLog) -> bool:
     """Whether the frozen weights are divided over the processes: as configured; ``auto`` where one GPU does not hold
     them. The same for all processes.

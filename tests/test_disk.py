@@ -91,6 +91,30 @@ def test_cancelled_merge_leaves_nothing(run):
     assert texts and not left(run)
 
 
+def cancels_at(words: str):
+    """A progress that cancels at the first text which begins so, and its event."""
+    cancel = threading.Event()
+    return lambda _, text: cancel.set() if text.startswith(words) else None, cancel
+
+
+def test_the_checksum_of_a_merged_model_can_be_cancelled(run):
+    progress, cancel = cancels_at("Checking the merged model")
+    with pytest.raises(Cancelled):
+        export.merge(run, progress=progress, cancel=cancel)
+    assert not left(run)
+    said = []
+    merged = export.merge(run, progress=lambda f, text: said.append((f, text)))
+    fractions = [f for f, text in said if text.startswith("Checking the merged model: ")]
+    assert len(fractions) > 3 and fractions == sorted(fractions) and 0.98 < fractions[0] < fractions[-1] <= 1
+    progress, cancel = cancels_at("Looking at an earlier merge")  # its checksum is compared
+    with pytest.raises(Cancelled):
+        export.merge(run, progress=progress, cancel=cancel)
+    assert not checkpoints.problem(merged)
+    assert export._sha256(run.adapter / "adapter_model.safetensors", threading.Event())
+    with pytest.raises(Cancelled):
+        export._sha256(run.adapter / "adapter_model.safetensors", cancel)
+
+
 EXPORT = "import sys; from kto_core import export, run; export.merge(run.find(sys.argv[1]))"
 
 

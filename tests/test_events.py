@@ -57,6 +57,8 @@ def test_fold(tmp_path):
     fold([{"t": 8, "kind": "status", "state": "training", "resumed_from": 2}], state)
     assert state.series("loss") == [(1, 0.5), (2, 0.4)] and state.step == 2 and state.error == ""
     assert RunState().latest("loss") is None
+    fold([{"t": 9, "kind": "used", "engine": "packed"}, {"t": 10, "kind": "used", "engine": "trl"}], state)
+    assert state.used["engine"] == "trl" and RunState().used == {}
 
 
 def test_thin_keeps_the_ends():

@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +13,7 @@ from fake_hub import running
 
 from kto_core import checkpoints, export, hub, model_card
 from kto_core.errors import Cancelled, ExportError, HubError
+from kto_core.events import EventLog
 from kto_core.merging import FACTS
 
 TOKEN = "hf_good"
@@ -39,8 +42,6 @@ def trained(tmp_path_factory, tiny_model):
 @pytest.fixture
 def run(trained, tmp_path):
     """A copy of a trained run, so that each test has its own exports."""
-    import shutil
-
     from kto_core.run import find
 
     shutil.copytree(trained.path, tmp_path / "a-run")
@@ -116,6 +117,58 @@ def test_the_card_of_a_hub_model_names_its_base(run):
     assert data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct" and data.library_name == "transformers"
     assert data.datasets == ["jane/thumbs"] and "gguf" in data.tags
     assert "stored as float16" in text and "`a-q8_0.gguf`" in text
+
+
+def card_of(run) -> str:
+    return model_card.write(run, REPO, ["adapter"], adapter_sha256="f" * 64, files=["adapter_config.json"])
+
+
+def continued(run, adapter, **values):
+    """The run, as if it had gone on from an adapter."""
+    from kto_core.config import save_config
+
+    resolved = run.config()
+    config = resolved.config.model_copy(update={"adapter": str(adapter), **values})
+    save_config(replace(resolved, config=config), run.path / "config.yaml")
+    return run
+
+
+def test_the_card_names_the_run_that_it_went_on_from(run, tmp_path):
+    first = tmp_path / "private place" / "first-run"
+    shutil.copytree(run.path, first)
+    text = card_of(continued(run, first / "adapter"))
+    assert "2. LoRA adapter of run `first-run`, from which this run went on\n" in text
+    assert f"3. LoRA adapter of run `{run.id}`, sha256" in text
+    assert str(tmp_path) not in text and "private place" not in text
+    text = card_of(continued(run, first / "checkpoints" / "checkpoint-20"))
+    assert "2. LoRA adapter of run `first-run`, checkpoint-20, from which" in text
+    (first / "config.yaml").unlink()  # a folder that is no run
+    text = card_of(continued(run, first / "my lora"))
+    assert "2. LoRA adapter `my lora`, from which this run went on\n" in text
+    assert str(tmp_path) not in text and "private place" not in text and "first-run" not in text
+    EventLog(run.path / "events.jsonl").append("used", began_from={"run": "gone", "checkpoint": "checkpoint-3"})
+    assert "2. LoRA adapter of run `gone`, checkpoint-3, from which" in card_of(run)  # it was there when it trained
+
+
+def test_the_card_of_a_continued_run_has_the_adapters_own_shape(run):
+    own = json.loads((run.adapter / "adapter_config.json").read_text())
+    assert own["r"] == 8
+    assert "| r | 64 |" in card_of(continued(run, "", r=64))
+    text = card_of(continued(run, run.adapter, r=64, target_modules=["o_proj"]))
+    assert "| r | 8 |" in text and "o_proj" not in text and "down_proj, q_proj, v_proj" in text
+
+
+def test_the_card_has_engine_and_optimizer_that_were_used(run):
+    run = continued(run, "", optim="adamw_8bit", engine="auto")
+    text = card_of(run)  # of a run that did not write them down
+    assert "| optim | adamw_8bit (as configured) |" in text and "| engine | auto (as configured) |" in text
+    log = EventLog(run.path / "events.jsonl")
+    log.append("used", engine="packed", optim="adamw_torch", kl_group="batch")
+    text = card_of(run)
+    assert "| optim | adamw_torch |" in text and "| engine | packed |" in text and "| kl_group | batch |" in text
+    log.append("used", engine="trl", optim="adamw_torch", kl_group="microbatch")  # resumed: the last one
+    text = card_of(run)
+    assert "| engine | trl |" in text and "| kl_group | microbatch |" in text and "configured" not in text
 
 
 def test_merged_model_adapter_and_gguf_in_one_repository(server, run):

@@ -50,6 +50,8 @@ def test_evaluating_changes_nothing_of_what_four_bits_learn(tiny, data, tmp_path
 
 
 def test_demo_model_trains(demo_model, data, tmp_path):
+    import torch
+
     overrides = {"max_steps": 3, "learning_rate": 2e-4, "gradient_accumulation_steps": 1, "save_steps": 2}
     ended = run("demo", data, tmp_path, **overrides)
     assert (ended.state, ended.step, ended.total_steps) == ("finished", 3, 3), ended.error
@@ -57,6 +59,8 @@ def test_demo_model_trains(demo_model, data, tmp_path):
     order = [e["state"] for e in found if e["kind"] == "status"]
     assert order[0] == "preparing" and order[-1] == "finished" and "training" in order
     assert found[-1]["kind"] == "status"
+    assert (ended.used["engine"], ended.used["kl_group"]) == ("trl", "microbatch") and "began_from" not in ended.used
+    assert ended.used["optim"] == ("adamw_8bit" if torch.cuda.is_available() else "adamw_torch")
     first, last = ended.metrics[0], ended.metrics[-1]
     names = "loss kl rewards/chosen rewards/rejected rewards/margins logps/chosen learning_rate grad_norm epoch eta"
     assert set(names.split()) | {"tokens_per_second", "examples_per_second"} <= set(first)
@@ -160,6 +164,7 @@ def test_pretrained_adapter_is_its_own_reference(tiny, data, tmp_path, engine):
     overrides = {"max_steps": 3, "save_steps": 1, "engine": engine, "adapter": str(tmp_path / "first" / "adapter")}
     ended = run(tiny, data, tmp_path / "second", **overrides)
     assert ended.state == "finished", ended.error
+    assert (ended.used["engine"], ended.used["began_from"]) == (engine, {"folder": "adapter"})  # of no run.create
     assert ended.metrics[0]["loss"] == pytest.approx(0.5, abs=1e-6)  # a reference without the adapter would differ
     assert not list((tmp_path / "second").rglob("ref"))
     old, new = weights(tmp_path / "first" / "adapter"), weights(tmp_path / "second" / "adapter")
@@ -425,6 +430,7 @@ def test_auto_takes_trl_where_packed_finds_out_late(tiny, demo_model, data, tmp_
     assert ended.state == "finished", ended.error
     said = " ".join(e["text"] for e in ended.logs)
     assert "TRL's own step" in said and "cannot run this model" in said
+    assert (ended.used["engine"], ended.used["kl_group"]) == ("trl", "microbatch")
     assert run(folder, data, tmp_path / "packed", engine="packed", **settings).state == "failed"
 
 

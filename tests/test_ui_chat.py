@@ -1,10 +1,12 @@
 """The Chat tab: what it shows, what its events do, and a real conversation in a real browser."""
 
+import shutil
 import threading
 
+import gradio as gr
 import pytest
 
-from kto_core.errors import ModelError
+from kto_core.errors import ModelError, RunError
 from kto_core.jobs import Job
 from ui import chat_models, chat_session, chat_view
 
@@ -128,6 +130,34 @@ def test_signature_changes_with_a_new_run(runs_dir):
     before = chat_models.signature()
     (runs_dir / "r").mkdir(parents=True)
     assert chat_models.signature() != before
+
+
+def test_a_run_that_was_deleted_while_it_was_chosen(runs_dir, monkeypatch):
+    from types import SimpleNamespace
+
+    from kto_core import chat
+    from ui import chat_tab
+
+    folder = runs_dir / "r1"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("preset: demo\n")
+    assert chat_tab._mended("run:r1") == gr.skip() and chat_models.checkpoints("run:r1") == []
+    shutil.rmtree(folder)
+    loaded = SimpleNamespace(asked=("r1", ""), answering=False)
+    monkeypatch.setattr(chat, "current", lambda: loaded)
+    settings = chat_session.Settings("run:r1", "", "Tuned", "", 0.0, 1.0, 0, 1.0, 16, -1, True)
+    assert next(chat_session.ready(settings, threading.Event())) is loaded  # it is in memory: it goes on answering
+    loaded = None
+    for use in (
+        lambda: chat_models.load("run:r1"),
+        lambda: chat_models.checkpoints("run:r1"),
+        lambda: next(chat_session.ready(settings, threading.Event())),
+    ):
+        with pytest.raises(RunError, match=r"^Run r1 is not there any more\. Choose another\.$"):
+            use()
+    mended = chat_tab._mended("run:r1")
+    assert mended["value"] is None and mended["choices"] == chat_models.choices()
+    assert chat_tab._mended("demo") == chat_tab._mended(None) == chat_tab._mended("run:..") == gr.skip()
 
 
 # ---- lines
@@ -377,3 +407,32 @@ def test_a_model_that_is_not_there_is_said_and_the_page_stays(monkeypatch):
         page.locator("#chat-send").click()
         page.locator(".toast-wrap").get_by_text("owns the GPU").wait_for()
         page.locator("#chat-send").wait_for()
+
+
+@pytest.mark.browser
+def test_a_deleted_run_leaves_the_list_when_it_is_asked(runs_dir, monkeypatch):
+    from tabs import opened, served
+
+    from kto_core import chat, checkpoints
+    from ui import chat_tab
+
+    for name in ("r1", "r2"):
+        (runs_dir / name / "adapter").mkdir(parents=True)
+        (runs_dir / name / "config.yaml").write_text("preset: demo\n")
+        checkpoints.seal(runs_dir / name / "adapter")
+    monkeypatch.setattr(chat, "current", lambda: None)
+    with served(chat=chat_tab.build) as url, opened(url) as page:
+        chosen, toast = page.locator("#chat-model input"), page.locator(".toast-wrap")
+        for name, press in (("r1", "#chat-load"), ("r2", "#chat-send")):
+            chosen.click()
+            page.get_by_role("option", name=f"Run {name}").click()
+            page.wait_for_timeout(500)  # its checkpoints are looked for while it is there
+            shutil.rmtree(runs_dir / name)
+            page.locator("#chat-message textarea").fill("hello")
+            page.locator(press).click()
+            toast.get_by_text(f"Run {name} is not there any more. Choose another.").wait_for()
+            page.wait_for_function("document.querySelector('#chat-model input').value === ''")
+            chosen.click()
+            page.get_by_role("option", name="Demo model").wait_for()
+            assert page.get_by_role("option", name=f"Run {name}").count() == 0
+            page.locator("#chat-message textarea").click()  # closes the list

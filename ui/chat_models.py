@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from kto_core import jobs, paths
-from kto_core.errors import ModelError
+from kto_core.errors import ModelError, RunError
 
 JOB = "Load "
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -64,14 +64,34 @@ def choices() -> list[tuple[str, str]]:
 
 def checkpoints(choice: str | None) -> list[tuple[str, str]]:
     """(label, id) of a run's adapters: the last one, then its checkpoints, newest first."""
-    from kto_core import run
-
-    kind, _, name = (choice or "").partition(":")
-    if kind != "run":
+    if not (name := _run_id(choice)):
         return []
-    found = run.find(name)
+    found = _find(name)
     rest = [(f"Step {step(p)}", p.name) for p in sorted(found.checkpoints(), key=step, reverse=True)]
     return [("At the end of the run", "")] * bool(found.adapter) + rest
+
+
+def _run_id(choice: str | None) -> str:
+    """The run that an id of this page means, or ""."""
+    kind, _, name = (choice or "").strip().partition(":")
+    return name if kind == "run" and name and Path(name).name == name and name not in (".", "..") else ""
+
+
+def _find(name: str):
+    from kto_core import run
+
+    try:
+        return run.find(name)
+    except RunError:
+        raise RunError(f"Run {name} is not there any more. Choose another.") from None
+
+
+def gone(choice: str | None) -> bool:
+    """Whether the id is one of a run that was deleted."""
+    try:
+        return bool(name := _run_id(choice)) and not _find(name)
+    except RunError:
+        return True
 
 
 def step(checkpoint: Path) -> int:
@@ -95,8 +115,8 @@ def target(choice: str | None) -> str:
     kind, _, name = choice.partition(":")
     if choice == "demo":
         return choice
-    if kind == "run" and name and Path(name).name == name and name not in (".", ".."):
-        return name
+    if run_id := _run_id(choice):  # not looked for: its weights may be loaded, although it was deleted
+        return run_id
     hub = name if kind == "base" else choice
     if HUB_ID.fullmatch(hub):
         return hub
@@ -110,10 +130,17 @@ def loading() -> jobs.Job | None:
 
 
 def load(choice: str | None, checkpoint: str | None = None) -> jobs.Job:
-    """Start to load in the background; a load that runs already is returned as it is."""
+    """Start to load in the background; a load that runs already is returned as it is.
+
+    Raises:
+        ModelError: see `target`.
+        RunError: the run was deleted.
+    """
     from kto_core import chat
 
     name = target(choice)
+    if run_id := _run_id(choice):
+        _find(run_id)
     if (job := loading()) and job.running:
         return job
     return jobs.start(

@@ -247,19 +247,22 @@ def _answers(ctx: Context, settings: list, screen: list, message: gr.Textbox, cl
         b |= {"visible": both, "render_markdown": s.markdown}
         return conversation, a, b, _keep(conversation, s)
 
+    model, answers = settings[0], []
     for event in (message.submit, send.click):
-        event(ctx.guarded(asked), [message, talk, *settings], [*screen, message], **ANSWERS)
+        answers.append(event(ctx.guarded(asked), [message, talk, *settings], [*screen, message], **ANSWERS))
     for column in (left, right):
-        column.retry(ctx.guarded(retried), [talk, *settings], screen, **ANSWERS)
-        column.edit(ctx.guarded(edited), [talk, *settings], screen, **ANSWERS)
+        answers.append(column.retry(ctx.guarded(retried), [talk, *settings], screen, **ANSWERS))
+        answers.append(column.edit(ctx.guarded(edited), [talk, *settings], screen, **ANSWERS))
         column.undo(ctx.guarded(undone), [talk, *settings], [talk, left, right, stats, kept, message], **QUICK)
     for event in (clear.click, left.clear, right.clear):
         event(ctx.guarded(wiped), settings, [talk, left, right, stats, kept], **QUICK)
+    for answer in answers:
+        answer.failure(ctx.guarded(_mended), [model], [model], **QUICK)
     stop.click(ctx.guarded(stopped), None, None, **QUICK)
     for control in (mode, markdown):
         control.input(ctx.guarded(columns), [talk, *settings], [talk, left, right, kept], **QUICK)
     ctx.blocks.unload(stopped)  # the page was closed: nobody waits for the answer
-    ctx.on_load(_restored, [talk, left, right, settings[0], mode, settings[3]], [kept])
+    ctx.on_load(_restored, [talk, left, right, model, mode, settings[3]], [kept])
 
 
 def _again(request: gr.Request, talk: dict, s: Settings, index: int, text: str | None):
@@ -281,6 +284,11 @@ def _restored(kept: dict | None):
 
 
 # ---- loading
+
+
+def _mended(chosen: str | None):
+    """The list of models after something failed: a run that was deleted is neither in it nor chosen any more."""
+    return gr.update(choices=chat_models.choices(), value=None) if chat_models.gone(chosen) else gr.skip()
 
 
 def _loading(ctx: Context, model, checkpoint, load, unload, state) -> None:
@@ -325,9 +333,11 @@ def _loading(ctx: Context, model, checkpoint, load, unload, state) -> None:
     outputs = [state, seen, load, unload]
     ctx.on_tick(tick, [*outputs, model, listed], [seen, listed, model])
     ctx.on_load(lambda chosen: tick("", None, chosen), [*outputs, model, listed], [model])
-    load.click(ctx.guarded(press_load), [model, checkpoint], outputs, **QUICK)
+    loads = load.click(ctx.guarded(press_load), [model, checkpoint], outputs, **QUICK)
     unload.click(ctx.guarded(press_unload), None, outputs, **QUICK)
-    model.change(ctx.guarded(adapters), [model], [checkpoint], **QUICK)
+    looks = model.change(ctx.guarded(adapters), [model], [checkpoint], **QUICK)
+    for event in (loads, looks):
+        event.failure(ctx.guarded(_mended), [model], [model], **QUICK)
 
     def follow(run_id: str):
         """A run chosen in Train is the one to talk to."""
