@@ -21,7 +21,6 @@ backward, recomputed layers, y', and the reference where a step computes it), by
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import statistics
@@ -125,6 +124,7 @@ def worker(args: argparse.Namespace) -> dict:
     folder = model_folder(args.model, args.load_in_4bit and not args.bf16)
     encoded, labels, tokenizer = rows(args, folder)
     tokens = sum(len(e.prompt_ids) + len(e.completion_ids) for e in encoded)
+    from kto_core.train import give_back
     from kto_core.trainer import encoded_dataset
 
     dataset = encoded_dataset(encoded, labels, args.batch_size, kl=True)
@@ -156,9 +156,7 @@ def worker(args: argparse.Namespace) -> dict:
         operations = work.operations / timer.seconds
         work.remove()
         del trainer, model
-        gc.collect()
-        if gpu:
-            torch.cuda.empty_cache()
+        give_back()
         found |= {"peak_gib": peak / 2**30, "tflops": operations / 1e12}
         if args.worker != "packed":
             found |= {"micro_batch": args.batch_size, "checkpointing": args.checkpointing}

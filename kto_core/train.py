@@ -95,7 +95,7 @@ def _guarded(config: RunConfig, run_dir: Path, events: EventLog, end_on_second_s
                 events.append("error", message=message, type=type(e).__name__)
             return "failed", message
         finally:
-            _give_back()
+            give_back()
 
 
 def _train_helper(config: RunConfig, run_dir: Path) -> None:
@@ -372,7 +372,7 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def _give_back() -> None:
+def give_back() -> None:
     """After a training, good or bad: no cached memory, no open W&B run, no state of libraries for the next one."""
 
     from .model import free_memory
