@@ -2,6 +2,7 @@
 
 import shutil
 import threading
+import time
 
 import gradio as gr
 import pytest
@@ -373,6 +374,7 @@ def test_html_of_a_model_is_text_on_the_page(monkeypatch):
 
         def stream(self, messages, **settings):
             yield EVIL + "\n\n![x](http://127.0.0.1:9/y.png) <style>body{display:none}</style>"
+            time.sleep(1)  # `ask` waits for Stop, which is shown while an answer is written
 
     evil = Evil()
     monkeypatch.setattr(chat, "current", lambda: evil)
