@@ -214,6 +214,19 @@ def test_a_budget_is_kept():
     assert max(sizes) <= 120 and len(parts) > 1
 
 
+def test_passes_are_of_about_the_same_size():
+    """No more of them than filling one after the other makes, and no small one at the end."""
+    rows = [(np.arange(6, dtype=np.int32) + 100 * i, np.arange(5, dtype=np.int32)) for i in range(11)]  # 10 tokens each
+    prompts, completions = zip(*rows, strict=True)
+    assert [len(part) for part in tree.packs(prompts, completions, [0] * 11, range(11), 100)] == [6, 5]
+    assert [len(part) for part in tree.packs(prompts, completions, [0] * 11, range(11), 40)] == [4, 4, 3]
+    extra = [60, *[0] * 10]  # one that counts as much as seven
+    parts = tree.packs(prompts, completions, extra, range(11), 100)
+    assert [i for part in parts for i in part] == list(range(11))
+    assert [sum(10 + extra[i] for i in part) for part in parts] == [90, 80]
+    assert tree.packs(prompts, completions, [0] * 11, range(11), 5) == [[i] for i in range(11)]  # refused by callers
+
+
 def test_prompt_keys_are_stored_once():
     """A recompute in the backward neither fills the store again nor finds another pass's keys in it."""
     model = oracle.tuned_model("llama", torch.float32)

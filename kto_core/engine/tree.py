@@ -215,27 +215,42 @@ def branch(tree: Tree, completions: list[np.ndarray]) -> Branches:
     return Branches(ids, positions, segments, scores, keep, carry)
 
 
+EVEN = (1.02, 1.1, 1.25)  # how much more than its share a pass may have: rows cannot be cut
+
+
 def packs(prompts, completions, extra, order, budget: int | None) -> list[list[int]]:
-    """Split sequences into passes of at most ``budget`` packed tokens, in the given order.
+    """Split sequences into as few passes of at most ``budget`` packed tokens as the given order allows, of about the
+    same size: a smaller pass recomputes fewer layers.
 
     Rows that follow each other share their common start; ``extra[i]`` tokens are added for row i (its y').
     A row longer than the budget gets a pass of its own; callers refuse it before.
     """
     if budget is None:
         return [list(order)]
-    result: list[list[int]] = [[]]
-    used, before = 0, None
-    for i in order:
-        row = np.concatenate([prompts[i], completions[i][:-1]])
-        own = len(row) + int(extra[i])
-        new = own - (_common(before, row) if result[-1] and before is not None else 0)
-        if result[-1] and used + new > budget:
-            result.append([])
-            used, new = 0, own
-        result[-1].append(i)
-        used += new
-        before = row
+    rows = [np.concatenate([prompts[i], completions[i][:-1]]) for i in order]
+    own = [len(row) + int(extra[i]) for row, i in zip(rows, order, strict=True)]
+    shared = [0, *(_common(a, b) for a, b in zip(rows, rows[1:], strict=False))]
+    result, sizes = _filled(order, own, shared, budget)
+    if len(result) > 1:
+        for slack in EVEN:
+            smaller, _ = _filled(order, own, shared, min(budget, int(slack * sum(sizes) / len(sizes))))
+            if len(smaller) == len(result):
+                return smaller
     return result
+
+
+def _filled(order, own, shared, budget: int) -> tuple[list[list[int]], list[int]]:
+    """Passes that are filled one after the other, and their tokens."""
+    result, sizes = [[]], [0]
+    for i, tokens, common in zip(order, own, shared, strict=True):
+        new = tokens - (common if result[-1] else 0)
+        if result[-1] and sizes[-1] + new > budget:
+            result.append([])
+            sizes.append(0)
+            new = tokens
+        result[-1].append(i)
+        sizes[-1] += new
+    return result, sizes
 
 
 def sorted_by_prefix(prompts, completions, rows) -> list[int]:
