@@ -94,7 +94,11 @@ class Experts(nn.Module):
         up = gate_up[..., 1::2].clamp(-self.limit, self.limit)
         answers = _each(self.down_projs, (up + 1) * gate * torch.sigmoid(gate * self.alpha), counts)
         weighted = answers * routing_weights.flatten()[order, None]
-        return torch.zeros_like(hidden_states).index_add_(0, token, weighted.to(hidden_states.dtype))
+        # each token's answers side by side again: adding them where they belong would round by chance on a GPU, and
+        # policy and reference would differ before anything is learned
+        back = torch.empty_like(order)
+        back[order] = torch.arange(len(order), device=order.device)
+        return weighted.to(hidden_states.dtype)[back].view(*router_indices.shape, -1).sum(1)
 
 
 def _each(layers, rows, counts: list[int]) -> torch.Tensor:

@@ -16,6 +16,8 @@ class Saved(NamedTuple):
     kv: tuple[float, float]
     ffn: tuple[float, float]
     other: tuple[float, float] = (134.0, 262.0)
+    query: tuple[float, float] = (0.0, 0.0)  # of the width of all heads
+    routed: tuple[float, float] = (0.0, 0.0)  # of the hidden size, for each of a token's experts; ``ffn`` too
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Coefficients:
             "phi3": Saved((16.1, 26.1), (3.0, 6.0), (8.0, 16.0)),
             "gemma": Saved((14.1, 22.1), (2.0, 4.0), (8.0, 16.0)),
             "gemma2": Saved((58.3, 70.3), (0.0, 0.0), (8.0, 16.0)),
+            "gpt_oss": Saved((8.0, 10.0), (0.0, 0.0), (12.0, 24.0), (214.0, 294.0), (11.06, 22.06), (2.0, 4.0)),
             "gemma3_text": Saved((26.1, 34.1), (4.0, 6.0), (8.0, 16.0)),
         }
     )

@@ -166,7 +166,9 @@ def _packed_layer(c, s: Shape, k: Coefficients, gpu: bool) -> float:
     """Bytes that the packed engine keeps of a token in one layer that is not computed again."""
     wide, _ = _number(c, gpu)
     saved = k.packed.get(s.architecture, k.packed[""])
-    widths = saved.hidden[wide] * s.hidden + saved.kv[wide] * s.kv_width + saved.ffn[wide] * s.intermediate
+    experts = max(1, s.experts_per_token)
+    widths = saved.hidden[wide] * s.hidden + saved.kv[wide] * s.kv_width + saved.query[wide] * s.heads * s.head_dim
+    widths += experts * (saved.ffn[wide] * s.intermediate + saved.routed[wide] * s.hidden)
     return (widths + saved.other[wide]) * (k.packed_gpu if gpu else 1)
 
 
@@ -178,7 +180,7 @@ def _token(c, s: Shape, k: Coefficients, gpu: bool) -> passes.Token:
         entry=s.hidden * number,
         rest=3 * s.hidden * number,
         store=s.layers * s.kv_width * number,
-        busy=passes.working(s.hidden, s.intermediate, number),
+        busy=passes.working(s.hidden, s.intermediate * max(1, s.experts_per_token), number),
     )
 
 

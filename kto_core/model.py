@@ -155,7 +155,7 @@ def load_base(
         raise ModelError(
             f"A weight file of {config.model} is broken ({_first_line(e)}). Delete it and fetch it again."
         ) from e
-    if quantized and dtype == torch.float16:  # the checkpoint asks for bf16, which this card would emulate
+    if quantized and dtype != torch.bfloat16:  # the checkpoint asks for bf16: emulated on old cards, coarse in fp32
         for module in model.modules():
             if getattr(module, "compute_dtype", None) == torch.bfloat16:
                 module.compute_dtype = dtype

@@ -257,6 +257,7 @@ def arguments(config: RunConfig, folder: Path, *, precompute: bool, checkpointin
         desirable_weight=config.desirable_weight,
         undesirable_weight=config.undesirable_weight,
         loss_type=config.loss_type,
+        router_aux_loss_coef=0.0,  # routers are frozen: it would only bend the adapters, and the loss that is shown
         lr_scheduler_type=config.lr_scheduler_type,
         warmup_steps=config.warmup_ratio,  # below 1 it is a share of all steps
         optim=optimizer(config, gpu),

@@ -107,6 +107,7 @@ ARCHITECTURES = {
     "granite": ("granite", {"logits_scaling": 3.0}),
     "cohere": ("cohere", {"logit_scale": 0.4}),
     "olmo2": ("olmo2", {}),
+    "gpt_oss": ("gpt_oss", {**SLIDING, "num_local_experts": 4, "num_experts_per_tok": 2}),
 }
 
 
@@ -115,7 +116,8 @@ def base_model(architecture="llama", **extra):
     config = AutoConfig.for_model(model_type, **{**SIZES, **settings, **extra})
     torch.manual_seed(0)
     # "eager" is each architecture's own, complete attention (SDPA leaves out Gemma 2's softcap)
-    return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    experts = {"experts_implementation": "eager"} if "num_local_experts" in settings else {}  # the others lack float64
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager", **experts)
 
 
 def lora(**extra):

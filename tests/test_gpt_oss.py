@@ -19,16 +19,21 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 @pytest.fixture(scope="module")
 def tiny_oss(tiny_model, tmp_path_factory):
     """Two layers, four experts, with the tokenizer of the tiny model."""
+    return make_oss(tmp_path_factory.mktemp("oss") / "model", tiny_model)
+
+
+def make_oss(folder, tiny_model, **sizes):
     import shapes
     from transformers import AutoConfig, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     config = AutoConfig.for_model(
-        "gpt_oss", hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, head_dim=16,
-        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, vocab_size=len(tokenizer), sliding_window=8,
-        max_position_embeddings=4096, bos_token_id=1, eos_token_id=2, pad_token_id=2, dtype=torch.bfloat16,
+        "gpt_oss",
+        **{"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16,
+           "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2, "vocab_size": len(tokenizer),
+           "sliding_window": 8, "max_position_embeddings": 4096, "bos_token_id": 1, "eos_token_id": 2,
+           "pad_token_id": 2, "dtype": torch.bfloat16, **sizes},
     )  # fmt: skip
-    folder = tmp_path_factory.mktemp("oss") / "model"
     shapes.write_gpt_oss(config, folder, "cpu")
     tokenizer.save_pretrained(folder)
     return folder
@@ -87,6 +92,55 @@ def test_it_trains_and_merges(tiny_oss, tmp_path):
     names = gpt_oss.tensor_names(merged)
     assert "model.layers.1.mlp.experts.gate_up_proj" in names and not any("projs.0" in n for n in names)
     assert "quantization_config" not in json.loads((merged / "config.json").read_text())
+
+
+def test_the_packed_engine_trains_it_where_asked(tiny_oss, tmp_path):
+    """With TRL's pairs and z0 the losses of TRL's own step; recomputed layers too."""
+    data, losses = make_data(tmp_path / "rows.jsonl"), {}
+    for engine, checkpointing in (("trl", False), ("packed", False), ("packed", True)):
+        settings = {"engine": engine, "kl_group": "microbatch", "learning_rate": 1e-3, "max_steps": 4,
+                    "gradient_checkpointing": checkpointing}  # fmt: skip
+        made = run.create(resolved(tiny_oss, data, max_length=512, **settings))
+        run.start(made, block=True)
+        state = made.state()
+        assert state.state == "finished", state.error
+        assert any("Engine: packed" in entry["text"] for entry in state.logs) == (engine == "packed")
+        losses[engine, checkpointing] = [m["loss"] for m in state.metrics if "loss" in m]
+    trl = losses["trl", False]
+    assert trl[0] == pytest.approx(0.5, abs=1e-5)  # the start; no loss of the routers, which are frozen, in it
+    assert len(trl) == 4 and trl[-1] != pytest.approx(trl[0], rel=1e-3)
+    for engine in (("packed", False), ("packed", True)):
+        assert losses[engine] == pytest.approx(trl, rel=2e-3)
+
+
+def test_what_the_packed_engine_keeps_is_foretold(tiny_model, tmp_path):
+    """Experts in 4 bits, float32 activations, sizes that were not fitted."""
+    from contextlib import nullcontext
+
+    from kto_core import memory_plan, model_shape
+    from kto_core.engine import memory
+    from kto_core.engine.step import Engine
+    from kto_core.model import add_adapter
+
+    folder = make_oss(tmp_path / "oss", tiny_model, hidden_size=192, num_attention_heads=3, num_key_value_heads=1,
+                      head_dim=64, intermediate_size=320, num_experts_per_tok=3)  # fmt: skip
+    config = resolved(folder, "none", target_modules="all-linear", engine="packed").config
+    engine = Engine(add_adapter(load_base(config, for_training=True), config))
+    measured, _ = memory.measure(engine, nullcontext)
+    counted = memory_plan._token(config, model_shape.find(str(folder)), memory_plan.Coefficients(), False)
+    assert counted.layer == pytest.approx(measured.layer, rel=0.05)
+    assert (counted.entry, counted.busy) == (measured.entry, measured.busy)
+
+
+def test_the_plan_fits_the_preset_either_way():
+    from kto_core import hardware
+    from kto_core.hardware import Device
+
+    card = Device(0, "RTX 3090", 24.0, 23.3, 0.0, (8, 6))
+    for engine in ("trl", "packed"):
+        c = resolved("unsloth/gpt-oss-20b-unsloth-bnb-4bit", "none", preset="20b", engine=engine).config
+        plan = hardware.plan(c, [370] * 2000 + [1828], device=card)
+        assert plan.verdict == "fits" and plan.predicted_gib > 13, (engine, plan)
 
 
 def test_weights_that_are_not_there_are_named(tiny_oss, tmp_path):

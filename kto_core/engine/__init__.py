@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from .reference import cache_size, clear_cache
 
+MIXTURES = ("gpt_oss",)  # mixtures of experts that are served: a token's experts do not depend on its neighbours
+
 __all__ = ["PackedKTOTrainer", "available", "cache_size", "clear_cache"]
 
 
@@ -31,7 +33,7 @@ def available(hf_config, max_length: int | None = None) -> tuple[bool, str]:
     if config.get_text_config() is not config:
         return False, f"{name} also takes images or sound, and the packed engine serves text decoders only."
     experts = ("num_local_experts", "num_experts", "n_routed_experts")
-    if any((getattr(config, key, 0) or 0) > 1 for key in experts):
+    if any((getattr(config, key, 0) or 0) > 1 for key in experts) and name not in MIXTURES:
         return False, f"{name} is a mixture of experts, and the packed engine serves dense decoders only."
     kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
     if kinds or name in ("mamba", "mamba2", "rwkv", "recurrent_gemma"):

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..gpt_oss import sink_attention
 from .tree import Segments
 
 NAME = "kto_tree"
@@ -87,8 +88,9 @@ def tree_attention(
     """transformers' attention signature: q ``[1, H, T, D]``, k and v ``[1, Hkv, T, D]`` -> (``[1, T, H, D]``, None)."""
     if kto_tree is None:
         raise RuntimeError("the attention kto_tree needs the keyword kto_tree; use_tree() is for tree passes only")
-    if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
-        raise RuntimeError("attention sinks and position biases are not supported by the packed engine")
+    if kwargs.get("position_bias") is not None:
+        raise RuntimeError("position biases are not supported by the packed engine")
+    sinks = kwargs.get("s_aux")
     if torch.is_autocast_enabled(query.device.type):  # an fp32 norm or rotation may have left q and k in fp32
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
@@ -98,9 +100,9 @@ def tree_attention(
     if kto_tree.prefix is not None:
         key, value = (torch.cat([a, b], 2) for a, b in zip(kto_tree.prefix[layer], (key, value), strict=True))
     scaling = scaling if scaling is not None else query.shape[-1] ** -0.5
-    if not softcap and _varlen_serves(query, value):
+    if not softcap and sinks is None and _varlen_serves(query, value):
         return _varlen(kto_tree.plan("varlen", sliding_window), query, key, value, scaling, sliding_window), None
-    return _masked(kto_tree.plan("masked", sliding_window), query, key, value, scaling, softcap), None
+    return _masked(kto_tree.plan("masked", sliding_window), query, key, value, scaling, softcap, sinks), None
 
 
 # ---- one FlashAttention call for all segments ------------------------------------------------------------------------
@@ -215,7 +217,7 @@ def _masked_plan(segments: Segments, device, window) -> list[_Call]:
     return calls
 
 
-def _masked(calls: list[_Call], query, key, value, scaling, softcap):
+def _masked(calls: list[_Call], query, key, value, scaling, softcap, sinks=None):
     parts = []
     for call in calls:
         q = query[:, :, call.q[0] : call.q[1]]
@@ -223,6 +225,10 @@ def _masked(calls: list[_Call], query, key, value, scaling, softcap):
             k, v = key[:, :, call.k[0] : call.k[1]], value[:, :, call.k[0] : call.k[1]]
         else:
             k, v = key.index_select(2, call.k), value.index_select(2, call.k)
+        if sinks is not None:
+            allowed = None if call.allowed is None else call.allowed[None, None]
+            parts.append(sink_attention(None, q, k, v, allowed, scaling, sinks)[0].transpose(1, 2))
+            continue
         parts.append(attend(q, k, v, call.allowed, scaling, softcap))
     out = torch.cat(parts, 2) if len(parts) > 1 else parts[0]
     return out.transpose(1, 2).contiguous()

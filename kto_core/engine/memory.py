@@ -79,7 +79,8 @@ def measure(engine, autocast) -> tuple[Token, float]:
     number = width // config.hidden_size  # bytes of one
     store = 2 * heads * head * number * len(engine.layers)  # counted as if all tokens were prompt
     rest = (many_rest - few_rest) / tokens + 3 * width
-    busy = working(config.hidden_size, getattr(config, "intermediate_size", 4 * config.hidden_size), number)
+    experts = getattr(config, "num_experts_per_tok", 0) or 1
+    busy = working(config.hidden_size, experts * getattr(config, "intermediate_size", 4 * config.hidden_size), number)
     return Token(per_layer, width, rest, store, busy), max(0.0, few - per_layer * layers * MEASURED[0])
 
 
