@@ -448,7 +448,6 @@ def test_available(architecture):
 @pytest.mark.parametrize(
     "model_type, settings, word",
     [
-        ("gpt_oss", {}, "mixture of experts"),
         ("mixtral", {}, "mixture of experts"),
         ("qwen3_next", {}, "mixture of experts"),
         ("mamba", {}, "linear attention"),
