@@ -15,7 +15,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from .engine import attention, available, lean
+from .engine import MIXTURES, attention, available, lean
 from .engine.loss import Head
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,8 @@ def serves(model) -> bool:
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     kinds = {r.get("rope_type", "default") for r in (rope, *rope.values()) if isinstance(r, dict)}
     one_device = len({p.device for p in model.parameters()}) == 1
-    return one_device and kinds <= set(FIXED_ROPE) and available(config)[0]
+    dense = config.model_type not in MIXTURES  # a step whose kernels depend on the token cannot be captured
+    return dense and one_device and kinds <= set(FIXED_ROPE) and available(config)[0]
 
 
 def ready(model, ids: list[int], adapter: bool) -> Decoder | None:

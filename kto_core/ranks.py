@@ -1,7 +1,7 @@
 """Processes of one run on several GPUs: the main one (rank 0) tells the story, the others end when it has ended.
 
 A launcher (torchrun) starts every process in a session of its own, and only the launcher and rank 0 are known to the
-run's folder. Standard library only.
+run's folder.
 """
 
 from __future__ import annotations
@@ -78,13 +78,20 @@ def end_with_main(run_dir: Path) -> None:
 
     Processes see a stop at different moments, and one that waits in a collective for one that has left waits forever.
     """
-    threading.Thread(
-        target=_follow, args=(run_dir / "events.jsonl", time.time()), name="main-rank", daemon=True
-    ).start()
+    threading.Thread(target=_follow, args=(run_dir / "events.jsonl", launched()), name="main-rank", daemon=True).start()
+
+
+def launched() -> float:
+    """When this process's launcher began, in unix seconds: what the run said before is of another start."""
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        return psutil.Process(os.getppid()).create_time()
+    return time.time()
 
 
 def _follow(path: Path, began: float) -> None:
-    offset, ended = path.stat().st_size if path.exists() else 0, None
+    offset, ended = 0, None  # from the beginning: a slow process may look for the first time when all is over
     while True:
         found, offset = read(path, offset)
         for e in found:

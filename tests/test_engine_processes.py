@@ -34,6 +34,8 @@ for kl_group in ("batch", "microbatch"):
     if int(os.environ.get("RANK", 0)) == 0:
         for m in t.metrics(trainer):
             print("STEP", *(m[k] for k in ("loss", "kl", "grad_norm", "logps/chosen", "num_tokens")))
+if world > 1:  # else its threads may outlive what they use
+    torch.distributed.destroy_process_group()
 """
 
 

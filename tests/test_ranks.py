@@ -5,6 +5,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -165,6 +167,25 @@ def test_a_helper_that_waits_for_the_main_process_ends_with_it(two):
     (run.path / "stop").touch()
     wait(lambda: states(run)[-1] == "stopped", 120)
     assert ended(run, GONE).state == "stopped"
+
+
+@pytest.mark.parametrize(("before", "ends"), [(60.0, True), (-60.0, False)])
+def test_a_process_that_begins_when_all_is_over_ends(tmp_path, monkeypatch, before, ends):
+    """Unless what is over was another start, before its launcher began."""
+    log = EventLog(tmp_path / "events.jsonl")
+    log.status("preparing")
+    log.status("stopped")
+    left = threading.Event()
+
+    def leave(code):
+        left.set()
+        raise SystemExit
+
+    monkeypatch.setattr(ranks.os, "_exit", leave)
+    monkeypatch.setattr(ranks, "PATIENCE", 0.0)
+    monkeypatch.setattr(ranks, "launched", lambda: time.time() - before)
+    ranks.end_with_main(tmp_path)
+    assert left.wait(3) == ends
 
 
 def test_no_process_leaves_while_the_main_one_has_not_seen_the_stop(two):
