@@ -34,6 +34,8 @@ for kl_group in ("batch", "microbatch"):
     if int(os.environ.get("RANK", 0)) == 0:
         for m in t.metrics(trainer):
             print("STEP", *(m[k] for k in ("loss", "kl", "grad_norm", "logps/chosen", "num_tokens")))
+"""
+END = """
 if world > 1:  # else its threads may outlive what they use
     torch.distributed.destroy_process_group()
 """
@@ -42,7 +44,7 @@ if world > 1:  # else its threads may outlive what they use
 def lines(tmp_path, demo_model, launcher):
     script = tmp_path / "run.py"
     names = {"root": ROOT, "tests": ROOT / "tests", "model": demo_model, "out": tmp_path}
-    script.write_text(SCRIPT.format(**{k: str(v) for k, v in names.items()}))
+    script.write_text(SCRIPT.format(**{k: str(v) for k, v in names.items()}) + END)
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*launcher, str(script)], capture_output=True, text=True, timeout=300, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
