@@ -35,11 +35,11 @@ def limit_after(run_dir: Path, steps: int, gib: float, done: threading.Event) ->
     """Wait until the run has logged ``steps`` steps, then lower the limit."""
     from kto_core import events
 
-    found, offset = [], 0
+    state, offset = None, 0
     while not done.wait(0.02):
         new, offset = events.read(run_dir / "events.jsonl", offset)
-        found += new
-        if events.fold(found).step >= steps:
+        state = events.fold(new, state)
+        if state.step >= steps:
             limit_to(gib)
             return
 
@@ -47,7 +47,6 @@ def limit_after(run_dir: Path, steps: int, gib: float, done: threading.Event) ->
 def one(args, model: str, then_gib: float | None) -> dict:
     """One run; its state, error, losses and what the log says of memory."""
     from kto_core import config, events, train
-    from kto_core import model as models
 
     run_dir = Path(tempfile.mkdtemp(prefix="kto-oom-"))
     overrides = {"model": model, "data": args.data, "max_steps": args.steps, "save_steps": 10**6, "engine": args.engine}
@@ -62,7 +61,6 @@ def one(args, model: str, then_gib: float | None) -> dict:
         print(f"{type(e).__name__}: {e}", file=sys.stderr)
     done.set()
     limit_to(1e9)
-    models.free_memory()
     state = events.fold(events.read(run_dir / "events.jsonl")[0])
     said = [x["text"] for x in state.logs if "memory" in x["text"].lower()]
     losses = [m["loss"] for m in state.metrics if "loss" in m]

@@ -135,8 +135,10 @@ def _fit_packed(c, s: Shape, lengths, packed: Sample | None, available: float, k
     free = (available - (taken - base["adapters"] / 2)) * (1 if gpu else 0.5) * passes.SHARE - state
     free = free * GIB - passes.RESERVE["cuda" if gpu else "cpu"]
 
+    token = _token(c, s, k, gpu)
+
     def most(n: int) -> int:
-        return max(0, int(free / _token(c, s, k, gpu).peak(s.layers, n)))
+        return max(0, int(free / token.peak(s.layers, n)))
 
     choices = range(s.layers + 1)
     if c.gradient_checkpointing != "auto":

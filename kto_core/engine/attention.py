@@ -225,17 +225,17 @@ def _masked(calls: list[_Call], query, key, value, scaling, softcap, sinks=None)
             k, v = key[:, :, call.k[0] : call.k[1]], value[:, :, call.k[0] : call.k[1]]
         else:
             k, v = key.index_select(2, call.k), value.index_select(2, call.k)
-        if sinks is not None:
-            allowed = None if call.allowed is None else call.allowed[None, None]
-            parts.append(sink_attention(None, q, k, v, allowed, scaling, sinks)[0].transpose(1, 2))
-            continue
-        parts.append(attend(q, k, v, call.allowed, scaling, softcap))
+        parts.append(attend(q, k, v, call.allowed, scaling, softcap, sinks))
     out = torch.cat(parts, 2) if len(parts) > 1 else parts[0]
     return out.transpose(1, 2).contiguous()
 
 
-def attend(q, k, v, allowed, scaling, softcap=None):
-    """``[1, H, T, D]`` over ``[1, Hkv, K, D]``. ``allowed``: bool ``[T, K]``; None: causal, square."""
+def attend(q, k, v, allowed, scaling, softcap=None, sinks=None):
+    """``[1, H, T, D]`` over ``[1, Hkv, K, D]``. ``allowed``: bool ``[T, K]``; None: causal, square. ``sinks``:
+    ``[H]``."""
+    if sinks is not None:
+        mask = None if allowed is None else allowed[None, None]
+        return sink_attention(None, q, k, v, mask, scaling, sinks)[0].transpose(1, 2)
     if softcap:
         return _capped(q, k, v, allowed, scaling, softcap)
     gqa = q.shape[1] != k.shape[1]
