@@ -18,7 +18,7 @@ from kto_core import run as runs
 from kto_core.errors import BusyError, RunError
 from kto_core.events import EventLog
 
-LONG = {"max_steps": 400, "save_steps": 3, "logging_steps": 1, "save_total_limit": 3}
+LONG = {"max_steps": 4000, "save_steps": 3, "logging_steps": 1, "save_total_limit": 3}
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def test_thread_stops_saves_and_goes_on(tiny, data):
     run.stop()
     assert run.state().state in ("stopping", "stopped")
     state = ended(run)
-    assert state.state == "stopped" and f"step {state.step} of 400" in state.message
+    assert state.state == "stopped" and f"step {state.step} of 4,000" in state.message
     assert run.adapter and run.checkpoints()[-1].name == f"checkpoint-{state.step}"
     assert runs.active() is None
     with pytest.raises(RunError, match="does not run"):
@@ -197,9 +197,9 @@ def test_finished_run_is_not_resumed_and_a_failed_one_is(tiny, data, tmp_path):
 
 
 def test_killed_process_is_interrupted_and_resumes_exactly(tiny, data, tmp_path):
-    whole = runs.create(resolved(tiny, data, max_steps=60, save_steps=5))
+    whole = runs.create(resolved(tiny, data, max_steps=100, save_steps=5))
     runs.start(whole, block=True)
-    run = runs.create(resolved(tiny, data, max_steps=60, save_steps=5, worker="process"))
+    run = runs.create(resolved(tiny, data, max_steps=100, save_steps=5, worker="process"))
     rng = random.Random(7)
     runs.start(run)
     for _ in range(2):

@@ -163,6 +163,66 @@ def test_a_run_from_start_to_resume(page, chromium, url):
     page.locator(".run-id", has_text=new).wait_for(state="hidden")
 
 
+def test_answers_that_overtake_each_other_leave_the_form_as_the_page_shows_it(page):
+    held = []
+
+    def hold(route) -> None:
+        held.append(route) if len(held) < 2 else route.continue_()
+
+    length_before = page.locator("#set-max_length input").input_value()
+    page.route("**/queue/join*", hold)
+    page.locator("#train-preset").get_by_text("3b", exact=True).click()
+    browser.until(lambda: page.wait_for_timeout(50) or len(held) == 1)
+    fill(page, max_steps=7)  # sent with the preset's name and the values of the one before
+    browser.until(lambda: page.wait_for_timeout(50) or len(held) == 2)
+    held[0].continue_()
+    page.locator("#train-changed").get_by_text("All settings are those of preset 3b").wait_for()
+    length = page.locator("#set-max_length input")
+    shown = length.input_value()
+    assert shown != length_before
+    with page.expect_response(lambda r: r.request == held[1].request):
+        held[1].continue_()
+    page.locator("#train-changed").get_by_text("Changed by you").wait_for()  # late, and not what the page shows
+    page.locator("#train-changed").get_by_text("All settings are those of preset 3b").wait_for()
+    assert length.input_value() == shown
+    page.unroute("**/queue/join*")
+    page.locator("#train-preset").get_by_text("demo", exact=True).click()
+    page.locator("#train-changed").get_by_text("All settings are those of preset demo").wait_for()
+
+
+def test_a_run_deleted_elsewhere_does_not_take_the_buttons_along(page):
+    """The picker, the head and the buttons are refreshed one after the other: each may know more than the next."""
+    first, second = begin_and_stop(page), begin_and_stop(page)
+    ticks = page.evaluate("""() => {
+        const { components, dependencies } = window.gradio_config
+        const picker = components.find(c => c.props.elem_id === 'train-run').id
+        return dependencies.filter(d => d.outputs.includes(picker) && d.targets[0][1] === 'change').map(d => d.id)
+    }""")
+    held = []
+
+    def hold(route) -> None:
+        held.append(route) if route.request.post_data_json["fn_index"] in ticks else route.continue_()
+
+    page.route("**/run/predict*", hold)
+    run.find(second).delete()
+    page.locator(".run-id", has_text=first).wait_for()
+    browser.until(lambda: page.wait_for_timeout(50) or held)  # the picker still has the one that is gone
+    page.locator("#train-resume").click()
+    in_state(page, "training", step=6)
+    page.locator("#train-stop").click()
+    in_state(page, "stopped")
+    assert run.find(first).state().step >= 6
+    page.unroute("**/run/predict*")
+
+
+def begin_and_stop(page) -> str:
+    new = begin(page)
+    in_state(page, "training", step=2)
+    page.locator("#train-stop").click()
+    in_state(page, "stopped")
+    return new
+
+
 def test_problems_are_shown_at_once_and_nothing_starts(page):
     before = len(run.list_runs())
     fill(page, beta=-1, max_length=3)

@@ -20,6 +20,15 @@ HEIGHT = 210  # of a plot, in pixels
 RUNNING = ("preparing", "training", "stopping")
 
 
+class RunPicker(gr.Dropdown):
+    """A Dropdown that takes any id: a run can be deleted elsewhere between two ticks, and `chosen` knows what then."""
+
+    is_template = True  # drawn as its parent is
+
+    def preprocess(self, payload):
+        return payload
+
+
 @dataclass
 class Part:
     """Components that change together: what they depend on, and their values. `seen` has what was shown last."""
@@ -59,7 +68,7 @@ class Shown:
 def build(ctx: Context) -> Shown:
     """Lay out and wire this side."""
     with gr.Column(elem_classes="card"):
-        picker = gr.Dropdown(
+        picker = RunPicker(
             [], value=None, label="Run", info="All runs of this machine, newest first.", elem_id="train-run"
         )
         head = gr.HTML(views.no_runs(), elem_id="train-head", show_label=False)
@@ -85,17 +94,21 @@ def build(ctx: Context) -> Shown:
             download = gr.DownloadButton("Download events", size="sm", visible=False, scale=0, min_width=150,
                                          elem_id="train-events")  # fmt: skip
         logs = gr.HTML(views.logs(views.RunState()), show_label=False, elem_id="train-logs")
+    # The runs that the buttons and the open question are about. Kept in the page and changed with them: a click is
+    # about the run that its user saw, whatever the picker, the chosen run or another page hold by then.
+    of_buttons, of_question = gr.Textbox(visible=False), gr.Textbox(visible=False)
     # a confirmation that is open stays open until another run is shown: it has a part of its own
     shown = Shown([
         _part([picker], _listing, _picker),
-        _part([stop, resume, chat, export, delete, download, grid, log], _what_can_be_done, _controls),
-        _part([confirm], _identity, lambda run: [gr.update(visible=False)]),
+        _part([stop, resume, chat, export, delete, download, grid, log, of_buttons], _what_can_be_done, _controls),
+        _part([confirm, of_question], _identity, lambda run: [gr.update(visible=False), ""]),
         _part([head, tiles], _newest, _numbers),
         _part(plots, _points_known, _curves),
         _part([logs], _lines_known, _lines),
     ])  # fmt: skip
-    _wire(ctx, shown, picker, plots, {"stop": stop, "resume": resume, "chat": chat, "export": export,
-                                      "delete": delete, "yes": yes, "no": no}, confirm, sure)  # fmt: skip
+    buttons = {"stop": stop, "resume": resume, "chat": chat, "export": export, "delete": delete}
+    _wire(ctx, shown, picker, plots, buttons, of_buttons)
+    _wire_deletion(ctx, shown, delete, yes, no, [confirm, sure, of_question], of_buttons)
     return shown
 
 
@@ -165,7 +178,7 @@ def _what_can_be_done(run) -> tuple:
 
 def _controls(run) -> list:
     if run is None:
-        return [gr.update(visible=False)] * 8
+        return [*[gr.update(visible=False)] * 8, ""]
     _, state, adapter, checkpoints, metrics, there = _what_can_be_done(run)
     running, usable = state in RUNNING, adapter or checkpoints
     return [
@@ -177,6 +190,7 @@ def _controls(run) -> list:
         gr.update(visible=there, value=str(run.path / "events.jsonl")),
         gr.update(visible=metrics),
         gr.update(visible=True),
+        run.id,
     ]
 
 
@@ -238,20 +252,26 @@ def tick(part: Part) -> Callable:
 # ---- what is done
 
 
-def _wire(ctx: Context, shown: Shown, picker, plots: list, buttons: dict, confirm, sure) -> None:
+def _the_run(run_id: str | None):
+    """The run of a button.
+
+    Raises:
+        RunError: there is none, or not any more.
+    """
+    if not run_id:
+        raise RunError("There is no run yet. Start one first.")
+    return runs.find(Path(run_id).name)
+
+
+def _wire(ctx: Context, shown: Shown, picker, plots: list, buttons: dict, of_buttons) -> None:
     outputs = shown.outputs
     chosen_too = [ctx.chosen_run, *outputs]
 
     def pick(run_id: str | None):
         return (run_id or "", *shown.everything(run_id or ""))
 
-    def the_run(run_id: str | None):
-        if not run_id:
-            raise RunError("There is no run yet. Start one first.")
-        return runs.find(Path(run_id).name)
-
     def stop(run_id: str | None):
-        run = the_run(run_id)
+        run = _the_run(run_id)
         try:
             run.stop()
         finally:
@@ -259,25 +279,12 @@ def _wire(ctx: Context, shown: Shown, picker, plots: list, buttons: dict, confir
         return shown.everything(run.id)
 
     def resume(run_id: str | None):
-        run = the_run(run_id)
+        run = _the_run(run_id)
         try:
             runs.resume(run)
         finally:
             live.forget()
         return (run.id, *shown.everything(run.id))
-
-    def ask(run_id: str | None):
-        run = the_run(run_id)
-        text = f"Delete run {run.id} with its checkpoints, adapter and exports ({_size(run.path)})?"
-        return gr.update(visible=True), views.note(text, "bad")
-
-    def delete(run_id: str | None):
-        run = the_run(run_id)
-        try:
-            run.delete()
-        finally:
-            live.forget()
-        return ("", *shown.everything(""))
 
     def zoom(event: gr.SelectData):
         low, high = event.index
@@ -291,16 +298,36 @@ def _wire(ctx: Context, shown: Shown, picker, plots: list, buttons: dict, confir
     ctx.on_load(shown.everything, outputs, [ctx.chosen_run])
     picker.input(ctx.guarded(pick), [picker], chosen_too, **QUICK)
     buttons["stop"].click(None, None, [buttons["stop"]], js="() => 'Stopping…'", queue=False)  # before the server does
-    buttons["stop"].click(ctx.guarded(stop), [picker], outputs, **QUICK)
-    buttons["resume"].click(ctx.guarded(resume), [picker], chosen_too, trigger_mode="once", **QUICK)
-    buttons["delete"].click(ctx.guarded(ask), [picker], [confirm, sure], **QUICK)
-    buttons["yes"].click(ctx.guarded(delete), [picker], chosen_too, trigger_mode="once", **QUICK)
-    buttons["no"].click(lambda: gr.update(visible=False), None, [confirm], **QUICK)
+    buttons["stop"].click(ctx.guarded(stop), [of_buttons], outputs, **QUICK)
+    buttons["resume"].click(ctx.guarded(resume), [of_buttons], chosen_too, trigger_mode="once", **QUICK)
     for plot in plots:
         plot.select(ctx.guarded(zoom), None, plots, **QUICK)
         plot.double_click(ctx.guarded(whole), None, plots, **QUICK)
+    bound = gr.State("")
     for tab in ("chat", "export"):
         # emptied first, so that the other tabs hear of a change even where this run was the chosen one before
-        buttons[tab].click(lambda tab=tab: ("", gr.Tabs(selected=tab)), None, [ctx.chosen_run, ctx.tabs], **QUICK).then(
-            lambda run_id: run_id or "", [picker], [ctx.chosen_run], **QUICK
-        )
+        buttons[tab].click(
+            lambda run_id, tab=tab: ("", gr.Tabs(selected=tab), run_id),
+            [of_buttons],
+            [ctx.chosen_run, ctx.tabs, bound],
+            **QUICK,
+        ).then(lambda run_id: run_id or "", [bound], [ctx.chosen_run], **QUICK)
+
+
+def _wire_deletion(ctx: Context, shown: Shown, delete, yes, no, question: list, of_buttons) -> None:
+    def ask(run_id: str | None):
+        run = _the_run(run_id)
+        text = f"Delete run {run.id} with its checkpoints, adapter and exports ({_size(run.path)})?"
+        return gr.update(visible=True), views.note(text, "bad"), run.id
+
+    def really(run_id: str | None):
+        run = _the_run(run_id)
+        try:
+            run.delete()
+        finally:
+            live.forget()
+        return ("", *shown.everything(""))
+
+    delete.click(ctx.guarded(ask), [of_buttons], question, **QUICK)
+    yes.click(ctx.guarded(really), [question[-1]], [ctx.chosen_run, *shown.outputs], trigger_mode="once", **QUICK)
+    no.click(lambda: gr.update(visible=False), None, [question[0]], **QUICK)

@@ -174,6 +174,11 @@ def _form_events(ctx: Context, ui) -> None:
     def edited(data_id: str, *values):
         return _judged(train_form.read(*values), data_id)
 
+    def settled(form: dict, data_id: str, *values):
+        """Two answers may overtake each other: the form ends up as what the page shows, which a run is started from."""
+        now = train_form.read(*values)
+        return [gr.skip()] * len(outputs) if now == form else _judged(now, data_id)
+
     def advised(advice: dict | None, form: dict, data_id: str):
         """Weights that the Data tab advises: taken over as if typed."""
         if not advice:
@@ -202,16 +207,20 @@ def _form_events(ctx: Context, ui) -> None:
     ctx.on_tick(adapters, [ui.adapter, listed], [listed])
     ctx.on_load(opened, [*widgets, *outputs], [ui.kept, ctx.chosen_data])
     ctx.on_tick(tick, outputs, [ui.form, ctx.chosen_data, ui.seen])
-    ui.preset.input(ctx.guarded(chose_preset), [ui.preset, ctx.chosen_data], [*widgets, *outputs], **LAST)
-    ui.reset.click(ctx.guarded(chose_preset), [ui.preset, ctx.chosen_data], [*widgets, *outputs], **QUICK)
-    gr.on(
-        [w.input for w in (ui.model, ui.adapter, *ui.values)],
-        ctx.guarded(edited),
-        [ctx.chosen_data, *typed],
-        outputs,
-        **LAST,
-    )
-    ctx.advice.change(ctx.guarded(advised), [ctx.advice, ui.form, ctx.chosen_data], [*widgets, *outputs], **QUICK)
+    changes = [
+        ui.preset.input(ctx.guarded(chose_preset), [ui.preset, ctx.chosen_data], [*widgets, *outputs], **LAST),
+        ui.reset.click(ctx.guarded(chose_preset), [ui.preset, ctx.chosen_data], [*widgets, *outputs], **QUICK),
+        gr.on(
+            [w.input for w in (ui.model, ui.adapter, *ui.values)],
+            ctx.guarded(edited),
+            [ctx.chosen_data, *typed],
+            outputs,
+            **LAST,
+        ),
+        ctx.advice.change(ctx.guarded(advised), [ctx.advice, ui.form, ctx.chosen_data], [*widgets, *outputs], **QUICK),
+    ]
+    for change in changes:
+        change.then(ctx.guarded(settled), [ui.form, ctx.chosen_data, *typed], outputs, **QUICK)
     ui.change.click(lambda: gr.Tabs(selected="data"), None, [ctx.tabs], **QUICK)
 
 
