@@ -17,6 +17,7 @@ from pathlib import Path
 
 from .errors import BusyError, Cancelled, ModelError
 from .jobs import Progress, check_cancel, no_progress
+from .out_of_memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 _current: Chat | None = None
@@ -310,7 +311,7 @@ class Chat:
 def _understood(e: BaseException) -> BaseException:
     import torch
 
-    if isinstance(e, torch.cuda.OutOfMemoryError):
+    if is_out_of_memory(e):
         torch.cuda.empty_cache()
         return ModelError("The GPU has no memory left for this answer. Clear the conversation or ask for fewer tokens.")
     return e

@@ -168,9 +168,8 @@ def _packed_layer(c, s: Shape, k: Coefficients, gpu: bool) -> float:
     """Bytes that the packed engine keeps of a token in one layer that is not computed again."""
     wide, _ = _number(c, gpu)
     saved = k.packed.get(s.architecture, k.packed[""])
-    experts = max(1, s.experts_per_token)
     widths = saved.hidden[wide] * s.hidden + saved.kv[wide] * s.kv_width + saved.query[wide] * s.heads * s.head_dim
-    widths += experts * (saved.ffn[wide] * s.intermediate + saved.routed[wide] * s.hidden)
+    widths += s.busy_experts * (saved.ffn[wide] * s.intermediate + saved.routed[wide] * s.hidden)
     return (widths + saved.other[wide]) * (k.packed_gpu if gpu else 1)
 
 
@@ -182,7 +181,7 @@ def _token(c, s: Shape, k: Coefficients, gpu: bool) -> passes.Token:
         entry=s.hidden * number,
         rest=3 * s.hidden * number,
         store=s.layers * s.kv_width * number,
-        busy=passes.working(s.hidden, s.intermediate * max(1, s.experts_per_token), number),
+        busy=passes.working(s.hidden, s.intermediate * s.busy_experts, number),
     )
 
 
@@ -201,7 +200,7 @@ def _peak(c, s: Shape, tokens: int, checkpoint: int, k: Coefficients, gpu: bool,
 def _padded(c: RunConfig, s: Shape, tokens: int, checkpoint: int, k: Coefficients, gpu: bool) -> dict[str, float]:
     """Bytes that come and go in TRL's step."""
     wide, number = _number(c, gpu)
-    ffn = s.intermediate * max(1, s.experts_per_token)
+    ffn = s.intermediate * s.busy_experts
     layer = tokens * (
         k.saved_hidden[wide] * s.hidden
         + k.saved_kv[wide] * s.kv_width / 2

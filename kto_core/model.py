@@ -10,12 +10,12 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import ConfigError, HardwareError, ModelError
+from .errors import ConfigError, ModelError
 from .jobs import Progress, no_progress
 from .libraries import transformers_ready
 from .model_files import cached_folder, require_adapter
 from .model_info import local_folder, model_facts, public_name, resolve_model
-from .out_of_memory import is_out_of_memory
+from .out_of_memory import at_loading, is_out_of_memory
 
 if TYPE_CHECKING:
     from .config import RunConfig
@@ -144,10 +144,7 @@ def load_base(
         model = load_whole(AutoModelForCausalLM, folder, **kwargs)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as e:
         if is_out_of_memory(e):
-            raise HardwareError(
-                f"{config.model} does not fit into the GPU's free memory. Unload the chat model, close what else uses "
-                "the card, or choose a smaller preset."
-            ) from e
+            raise at_loading(config.model) from e
         raise ModelError(f"{config.model} cannot be loaded: {_first_line(e)}") from e
     except Exception as e:  # safetensors_rust.SafetensorError derives from Exception only
         if "afetensor" not in type(e).__name__:

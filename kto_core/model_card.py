@@ -154,21 +154,25 @@ def _metrics(state) -> str:
     return f"After {state.step:,} steps; the last value of each.\n\n" + _table(rows)
 
 
-def _began(config, used: dict) -> str:
-    """The adapter that the run went on from, in words without a path; "" if it began with a fresh one."""
+def _began(config, used: dict) -> list[str]:
+    """The adapters that the run goes back to, in words without a path, the oldest first; [] of a fresh one."""
     if not config.adapter:
-        return ""
-    noted = used.get("began_from")
+        return []
+    noted, found = used.get("began_from"), []
     origin = noted if isinstance(noted, dict) and noted else adapter_origin(config.adapter)
-    if name := origin.get("run"):
-        return f"LoRA adapter of run `{name}`" + (f", {step}" if (step := origin.get("checkpoint")) else "")
-    return f"LoRA adapter `{origin.get('folder')}`"
+    while isinstance(origin, dict) and origin:
+        name, step = origin.get("run"), origin.get("checkpoint")
+        words = f"of run `{name}`" + (f", {step}" if step else "") if name else f"`{origin.get('folder')}`"
+        found.append(f"LoRA adapter {words}")
+        origin = origin.get("began_from")
+    return found[::-1]
 
 
-def _lineage(run, base: str, began: str, adapter_sha256: str, what: list[str], dtype: str) -> str:
+def _lineage(run, base: str, began: list[str], adapter_sha256: str, what: list[str], dtype: str) -> str:
     lines = [f"base model `{base}`"]
-    if began:
-        lines.append(f"{began}, from which this run went on")
+    lines += [
+        f"{adapter}, from which {'this' if adapter == began[-1] else 'the next'} run went on" for adapter in began
+    ]
     lines.append(f"LoRA adapter of run `{run.id}`, sha256 `{adapter_sha256}`")
     if "merged" in what or "gguf" in what:
         lines.append(f"merged into the base in fp32, stored as {dtype or '16 bit'}")

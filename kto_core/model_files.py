@@ -16,6 +16,7 @@ import threading
 from pathlib import Path
 
 from .errors import Cancelled, DiskError, ModelError
+from .events import fold, read
 from .jobs import Progress, check_cancel, no_progress
 
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
@@ -176,15 +177,21 @@ def _explained(name: str):
         ) from e
 
 
-def adapter_origin(folder: str | Path) -> dict[str, str]:
+def adapter_origin(folder: str | Path) -> dict:
     """Where an adapter comes from, without a path of this machine: the id of its ``run`` (and the ``checkpoint``), else
-    the last part of its ``folder``."""
+    the last part of its ``folder``. ``began_from``, if that run noted one, is the same of the adapter it went on from.
+    """
     path = Path(folder).expanduser().resolve()
     of_checkpoint = path.parent.name == "checkpoints"
     run = path.parents[1] if of_checkpoint else path.parent
-    if all((run / name).is_file() for name in ("config.yaml", "events.jsonl")):
-        return {"run": run.name} | ({"checkpoint": path.name} if of_checkpoint else {})
-    return {"folder": path.name}
+    if not all((run / name).is_file() for name in ("config.yaml", "events.jsonl")):
+        return {"folder": path.name}
+    earlier = fold(read(run / "events.jsonl")[0]).used.get("began_from")
+    return (
+        {"run": run.name}
+        | ({"checkpoint": path.name} if of_checkpoint else {})
+        | ({"began_from": earlier} if isinstance(earlier, dict) and earlier else {})
+    )
 
 
 def require_adapter(folder: Path) -> None:

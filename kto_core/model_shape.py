@@ -36,6 +36,11 @@ class Shape:
     exact: bool = True
 
     @property
+    def busy_experts(self) -> int:
+        """Experts that compute a token; 1 where the FFN is not a mixture."""
+        return max(1, self.experts_per_token)
+
+    @property
     def linears(self) -> dict[str, tuple[int, int]]:
         """(in, out) of each linear layer of one decoder layer; the FFN's are those of one expert."""
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim

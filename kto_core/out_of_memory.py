@@ -46,6 +46,14 @@ def error(longest: int | None = None, advice: str = "") -> HardwareError:
     return HardwareError(f"The GPU ran out of memory{numbers}. {advice or ADVICE}; then resume.")
 
 
+def at_loading(model: str) -> HardwareError:
+    """What the user is told when the weights of ``model`` themselves do not fit."""
+    return HardwareError(
+        f"{model} does not fit into the GPU's free memory. Unload the chat model, close what else uses the card, or "
+        "choose a smaller preset."
+    )
+
+
 @contextlib.contextmanager
 def explained(said: Callable[[], HardwareError]):
     """Inside, an error that means a full GPU becomes ``said()``."""

@@ -59,6 +59,7 @@ def load_unsloth(config: RunConfig):
     from .hardware import keep_to_limit
     from .model import training_dtype
     from .model_info import local_folder
+    from .out_of_memory import at_loading, is_out_of_memory
 
     keep_to_limit()
     try:
@@ -70,6 +71,8 @@ def load_unsloth(config: RunConfig):
             trust_remote_code=False,
         )
     except (OSError, ValueError, RuntimeError, NotImplementedError) as e:
+        if is_out_of_memory(e):
+            raise at_loading(config.model) from e
         raise ModelError(f"Unsloth cannot load {config.model}: {str(e)[:300]}. Choose engine `auto` or `trl`.") from e
     checkpointing = config.gradient_checkpointing
     return FastLanguageModel.get_peft_model(

@@ -142,6 +142,13 @@ def test_the_card_names_the_run_that_it_went_on_from(run, tmp_path):
     assert str(tmp_path) not in text and "private place" not in text
     text = card_of(continued(run, first / "checkpoints" / "checkpoint-20"))
     assert "2. LoRA adapter of run `first-run`, checkpoint-20, from which" in text
+    EventLog(first / "events.jsonl").append("used", began_from={"run": "zeroth", "began_from": {"folder": "lora"}})
+    text = card_of(continued(run, first / "adapter"))
+    assert (
+        "2. LoRA adapter `lora`, from which the next run went on\n3. LoRA adapter of run `zeroth`, from which the "
+        in text
+    )
+    assert "4. LoRA adapter of run `first-run`, from which this run went on\n" in text
     (first / "config.yaml").unlink()  # a folder that is no run
     text = card_of(continued(run, first / "my lora"))
     assert "2. LoRA adapter `my lora`, from which this run went on\n" in text

@@ -195,3 +195,29 @@ def test_one_of_two_processes_computes_its_step_again(tmp_path, demo_model, monk
     assert len(one) == len(two) == 14
     for a, b in zip(one, two, strict=True):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-4)
+
+
+def test_a_full_gpu_in_chat_says_what_helps():
+    from kto_core import chat
+
+    for full in (FULL, RuntimeError("CUDA driver error: out of memory")):
+        assert "Clear the conversation" in str(chat._understood(full))
+    other = RuntimeError("shapes do not match")
+    assert chat._understood(other) is other
+
+
+@pytest.mark.parametrize(("error", "said"), [(FULL, "free memory"), (RuntimeError("unknown layer"), "Unsloth cannot")])
+def test_weights_that_do_not_fit_through_unsloth(monkeypatch, tiny_model, error, said):
+    from types import SimpleNamespace
+
+    from kto_core import unsloth_model
+    from kto_core.errors import KTOError
+
+    def load(**_):
+        raise error
+
+    monkeypatch.setitem(
+        sys.modules, "unsloth", SimpleNamespace(FastLanguageModel=SimpleNamespace(from_pretrained=load))
+    )
+    with pytest.raises(KTOError, match=said):
+        unsloth_model.load_unsloth(config.resolve("demo", {"model": str(tiny_model)}).config)

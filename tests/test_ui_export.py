@@ -198,6 +198,50 @@ def test_gguf_is_made_checked_and_downloaded(clean_jobs, trained):
 
 
 @pytest.mark.browser
+def test_an_answer_of_the_check_stays_with_its_run(clean_jobs, trained, monkeypatch):
+    import shutil
+
+    from tabs import opened, served
+
+    from kto_core import config, export, run
+
+    other = run.create(config.resolve("demo", {"data": "rows.jsonl"}))
+    for name in ("adapter", "events.jsonl"):
+        copy = shutil.copytree if (trained.path / name).is_dir() else shutil.copy
+        copy(trained.path / name, other.path / name)
+    file = trained.path / "exports" / "gguf" / "model-q8_0.gguf"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"GGUF")
+    ready, checked = threading.Event(), export_view.by_id(export_view.file_id(file, trained.path), trained.path)
+
+    def check(path, question, *, progress, cancel):
+        assert path == checked and ready.wait(60)
+        raise ExportError("llama.cpp does not know this model.")
+
+    monkeypatch.setattr(export, "check_gguf", check)
+    with served(export=export_tab.build) as url, opened(url) as page:
+
+        def choose(found) -> None:
+            page.locator("#export-run input").click()
+            page.locator("#export-run [role=option]", has_text=found.id).click()
+            page.wait_for_function(f"document.querySelector('#export-run input').value === '{found.id}'")
+
+        answer, enabled = page.locator("#export-answer"), page.locator("#export-check:enabled")
+        choose(trained)
+        enabled.click()
+        answer.get_by_text("Loading the file").wait_for()
+        choose(other)
+        answer.get_by_text("Loading the file").wait_for(state="detached")
+        ready.set()
+        page.locator(".jobs").get_by_text("does not know this model").wait_for()
+        page.wait_for_timeout(1000)  # the answer would come in this time
+        assert not answer.inner_text().strip()
+        choose(trained)
+        answer.get_by_text(f"q8_0.gguf of run {trained.id}").wait_for()
+        enabled.wait_for()
+
+
+@pytest.mark.browser
 def test_push_asks_for_what_is_missing_and_forgets_the_token(clean_jobs, trained, monkeypatch):
     from tabs import opened, served
 

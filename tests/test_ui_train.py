@@ -193,6 +193,9 @@ def test_answers_that_overtake_each_other_leave_the_form_as_the_page_shows_it(pa
 def test_a_run_deleted_elsewhere_does_not_take_the_buttons_along(page):
     """The picker, the head and the buttons are refreshed one after the other: each may know more than the next."""
     first, second = begin_and_stop(page), begin_and_stop(page)
+    for other in (first, second):  # the picker shows the one that is picked
+        pick(page, other)
+        page.locator(".run-id", has_text=other).wait_for()
     ticks = page.evaluate("""() => {
         const { components, dependencies } = window.gradio_config
         const picker = components.find(c => c.props.elem_id === 'train-run').id
@@ -207,12 +210,20 @@ def test_a_run_deleted_elsewhere_does_not_take_the_buttons_along(page):
     run.find(second).delete()
     page.locator(".run-id", has_text=first).wait_for()
     browser.until(lambda: page.wait_for_timeout(50) or held)  # the picker still has the one that is gone
+    pick(page, second)
+    page.locator(".toast-body.error", has_text=second).wait_for()
+    assert page.locator(".run-id", has_text=first).is_visible()
     page.locator("#train-resume").click()
     in_state(page, "training", step=6)
     page.locator("#train-stop").click()
     in_state(page, "stopped")
     assert run.find(first).state().step >= 6
     page.unroute("**/run/predict*")
+
+
+def pick(page, run_id: str) -> None:
+    page.locator("#train-run input").click()
+    page.locator("#train-run [role=option]", has_text=run_id).click()
 
 
 def begin_and_stop(page) -> str:

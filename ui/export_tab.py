@@ -20,7 +20,11 @@ QUICK = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility":
 
 def build(ctx: Context) -> None:
     with gr.Row(equal_height=True):
-        chosen = gr.Dropdown([], label="Run", info="Every run that has an adapter.", scale=1, elem_id="export-run")
+        chosen = gr.Dropdown(
+            [], label="Run", info="Every run that has an adapter.", interactive=True, scale=1, elem_id="export-run"
+        )
+        # its id: Gradio refuses a Dropdown as input whose value was in the list before the last tick only
+        run_id = gr.Textbox(visible=False)
         facts = gr.HTML(export_view.nothing(), elem_id="export-facts", show_label=False)
     area = gr.Column()
     with gr.Row(equal_height=False):
@@ -34,9 +38,9 @@ def build(ctx: Context) -> None:
     version = gr.State(())  # of what the page shows
     with area:
         jobs_view.build(ctx, JOB)
-    _refresh(ctx, chosen, quants, push[3], version, shown, disk)
-    _make(ctx, chosen, quants, merge, convert, push)
-    _check(ctx, chosen, file, prompt, check, answer)
+    _refresh(ctx, chosen, run_id, quants, push[3], version, shown, disk)
+    _make(ctx, run_id, quants, merge, convert, push)
+    _check(ctx, run_id, file, prompt, check, answer)
 
 
 # ---- layout
@@ -200,17 +204,17 @@ def show_run(name: str | None, quants: list[str], ask: bool = True) -> tuple:
     )
 
 
-def _refresh(ctx: Context, chosen, quants, token, version, shown: list, disk) -> None:
+def _refresh(ctx: Context, chosen, run_id, quants, token, version, shown: list, disk) -> None:
     def state() -> tuple:
         return chat_models.signature(), sum(not j.running for j in jobs_view.mine(JOB))
 
     def tick(before: tuple, name: str | None, asked: list[str]):
         now = state()
         if now == before:
-            return (gr.skip(),) * (2 + len(shown))
+            return (gr.skip(),) * (3 + len(shown))
         names = [r.id for r in chat_models.with_adapter()]
         name = name if name in names else next(iter(names), None)
-        return gr.update(choices=names, value=name), now, *show_run(name, asked, ask=False)
+        return gr.update(choices=names, value=name), name, now, *show_run(name, asked, ask=False)
 
     def opened(name: str | None, asked: list[str]):
         note = export_view.token_note(bool(export.token_present()))
@@ -218,7 +222,10 @@ def _refresh(ctx: Context, chosen, quants, token, version, shown: list, disk) ->
 
     def follow(name: str | None):
         """A run chosen in Train is the one to export."""
-        return name if name in [r.id for r in chat_models.with_adapter()] else gr.skip()
+        return (name, name) if name in [r.id for r in chat_models.with_adapter()] else (gr.skip(), gr.skip())
+
+    def pick(event: gr.SelectData):
+        return event.value
 
     def room(name: str | None, asked: list[str]):
         folder = _folder(name)
@@ -228,11 +235,12 @@ def _refresh(ctx: Context, chosen, quants, token, version, shown: list, disk) ->
             export_view.needed(parameters(find(name)), asked, merged(folder)), export_view.free(folder)
         )
 
-    ctx.on_tick(tick, [chosen, version, *shown], [version, chosen, quants])
-    ctx.on_load(opened, [token, chosen, version, *shown], [ctx.chosen_run, quants])
-    chosen.change(ctx.guarded(show_run), [chosen, quants], shown, **QUICK)
-    quants.change(ctx.guarded(room), [chosen, quants], [disk], **QUICK)
-    ctx.chosen_run.change(ctx.guarded(follow), [ctx.chosen_run], [chosen], **QUICK)
+    ctx.on_tick(tick, [chosen, run_id, version, *shown], [version, run_id, quants])
+    ctx.on_load(opened, [token, chosen, run_id, version, *shown], [ctx.chosen_run, quants])
+    chosen.select(ctx.guarded(pick), None, [run_id], **QUICK)
+    run_id.change(ctx.guarded(show_run), [run_id, quants], shown, **QUICK)
+    quants.change(ctx.guarded(room), [run_id, quants], [disk], **QUICK)
+    ctx.chosen_run.change(ctx.guarded(follow), [ctx.chosen_run], [chosen, run_id], **QUICK)
 
 
 # ---- what is done
@@ -257,7 +265,7 @@ def make_gguf(run, quants: list[str], progress: jobs.Progress, cancel) -> list[P
     return files
 
 
-def _make(ctx: Context, chosen, quants, merge, convert, push: tuple) -> None:
+def _make(ctx: Context, run_id, quants, merge, convert, push: tuple) -> None:
     def on_merge(name: str | None):
         run = find(name)
         start(f"merge of {run.id}", lambda progress, cancel: export.merge(run, progress=progress, cancel=cancel))
@@ -282,12 +290,14 @@ def _make(ctx: Context, chosen, quants, merge, convert, push: tuple) -> None:
         return ""  # the token leaves the page
 
     repo, what, private, token, button = push
-    merge.click(ctx.guarded(on_merge), [chosen], None, **QUICK)
-    convert.click(ctx.guarded(on_convert), [chosen, quants], None, **QUICK)
-    button.click(ctx.guarded(on_push), [chosen, repo, what, private, token], [token], **QUICK)
+    merge.click(ctx.guarded(on_merge), [run_id], None, **QUICK)
+    convert.click(ctx.guarded(on_convert), [run_id, quants], None, **QUICK)
+    button.click(ctx.guarded(on_push), [run_id, repo, what, private, token], [token], **QUICK)
 
 
-def _check(ctx: Context, chosen, file, prompt, button, answer) -> None:
+def _check(ctx: Context, run_id, file, prompt, button, answer) -> None:
+    told = gr.State(("", ""))  # (id of the run whose file was checked, the answer)
+
     def on_check(name: str | None, file_id: str | None, question: str):
         run = find(name)
         path = export_view.by_id(file_id, run.path)
@@ -295,22 +305,27 @@ def _check(ctx: Context, chosen, file, prompt, button, answer) -> None:
             f"check of {path.name} of {run.id}",
             lambda progress, cancel: export.check_gguf(path, question, progress=progress, cancel=cancel),
         )
-        yield '<div class="note">Loading the file in llama.cpp…</div>', gr.update(interactive=False)
+        waiting = '<div class="note">Loading the file in llama.cpp…</div>'
+        yield (run.id, waiting), waiting, gr.update(interactive=False)
         job.thread.join()
-        # another run may be chosen by now: the answer says whose it is, and the tick knows whether it can be checked
         about = f'<p class="card-text">{html.escape(path.name)} of run {html.escape(run.id)}</p>'
         if job.state == "done":
-            yield about + export_view.answer(job.result), gr.skip()
+            said = about + export_view.answer(job.result)
         else:
-            said = html.escape(job.error or "The check was stopped.")
-            yield f'{about}<div class="note note-bad" role="alert">{said}</div>', gr.skip()
+            why = html.escape(job.error or "The check was stopped.")
+            said = f'{about}<div class="note note-bad" role="alert">{why}</div>'
+        # shown by what follows, if the run is still chosen; and the tick knows whether there is something to check
+        yield (run.id, said), gr.skip(), gr.skip()
+
+    def of_the_chosen(name: str | None, found: tuple[str, str]):
+        return found[1] if found[0] == name else ""
 
     button.click(
         ctx.guarded(on_check),
-        [chosen, file, prompt],
-        [answer, button],
+        [run_id, file, prompt],
+        [told, answer, button],
         concurrency_limit=None,
         show_progress="hidden",
         api_visibility="private",
-    )
-    chosen.change(lambda: "", None, [answer], **QUICK)
+    ).then(of_the_chosen, [run_id, told], [answer], **QUICK)
+    run_id.change(of_the_chosen, [run_id, told], [answer], **QUICK)

@@ -20,15 +20,6 @@ HEIGHT = 210  # of a plot, in pixels
 RUNNING = ("preparing", "training", "stopping")
 
 
-class RunPicker(gr.Dropdown):
-    """A Dropdown that takes any id: a run can be deleted elsewhere between two ticks, and `chosen` knows what then."""
-
-    is_template = True  # drawn as its parent is
-
-    def preprocess(self, payload):
-        return payload
-
-
 @dataclass
 class Part:
     """Components that change together: what they depend on, and their values. `seen` has what was shown last."""
@@ -68,8 +59,13 @@ class Shown:
 def build(ctx: Context) -> Shown:
     """Lay out and wire this side."""
     with gr.Column(elem_classes="card"):
-        picker = RunPicker(
-            [], value=None, label="Run", info="All runs of this machine, newest first.", elem_id="train-run"
+        picker = gr.Dropdown(
+            [],
+            value=None,
+            label="Run",
+            info="All runs of this machine, newest first.",
+            interactive=True,
+            elem_id="train-run",
         )
         head = gr.HTML(views.no_runs(), elem_id="train-head", show_label=False)
         with gr.Row(elem_id="train-actions"):
@@ -267,8 +263,10 @@ def _wire(ctx: Context, shown: Shown, picker, plots: list, buttons: dict, of_but
     outputs = shown.outputs
     chosen_too = [ctx.chosen_run, *outputs]
 
-    def pick(run_id: str | None):
-        return (run_id or "", *shown.everything(run_id or ""))
+    def pick(event: gr.SelectData):
+        run = _the_run(event.value)
+        live.forget()  # it may be newer, and the others older, than what was listed last
+        return (run.id, *shown.everything(run.id))
 
     def stop(run_id: str | None):
         run = _the_run(run_id)
@@ -296,7 +294,8 @@ def _wire(ctx: Context, shown: Shown, picker, plots: list, buttons: dict, of_but
     for part in shown.parts:
         ctx.on_tick(tick(part), [*part.components, part.seen], [ctx.chosen_run, part.seen])
     ctx.on_load(shown.everything, outputs, [ctx.chosen_run])
-    picker.input(ctx.guarded(pick), [picker], chosen_too, **QUICK)
+    # not as an input: Gradio refuses a request with a value that was in the list before the last tick only
+    picker.select(ctx.guarded(pick), None, chosen_too, **QUICK)
     buttons["stop"].click(None, None, [buttons["stop"]], js="() => 'Stopping…'", queue=False)  # before the server does
     buttons["stop"].click(ctx.guarded(stop), [of_buttons], outputs, **QUICK)
     buttons["resume"].click(ctx.guarded(resume), [of_buttons], chosen_too, trigger_mode="once", **QUICK)
