@@ -330,17 +330,17 @@ def push(
 def _to_upload(run, adapter: Path, what: list[str], progress: Progress, cancel) -> tuple[list[tuple[Path, str]], str]:
     """(file, path in the repository) of all there is to send, and the merged weights' dtype."""
     files, dtype = [], ""
-    if "merged" in what:
-        folder = _merge(run, progress, cancel)
-        files += _plain_files(folder, "")
-    if "adapter" in what:
-        files += _plain_files(adapter, "adapter/" if "merged" in what else "")
-    if "gguf" in what:
+    if "gguf" in what:  # first: it asks for room for the merged model as well
         source = _source(adapter, _base(run, cancel), cancel)
         folder = run.path / "exports" / "gguf"
         there = [p for p in sorted(folder.glob("*.gguf")) if _gguf_is_fresh(p, source)]
         for path in there or _gguf(run, [DEFAULT_QUANT], progress, cancel):
             files += [(path, path.name), (made := modelfile(run, path), made.name)]
+    if "merged" in what:
+        folder = _merge(run, progress, cancel)
+        files += _plain_files(folder, "")
+    if "adapter" in what:
+        files += _plain_files(adapter, "adapter/" if "merged" in what else "")
     if "merged" in what or "gguf" in what:
         dtype = merged_facts(run.path / "exports" / "merged").get("dtype", "")
     return files, dtype

@@ -45,18 +45,24 @@ def left(run) -> list[str]:
     return sorted(str(p.relative_to(exports)) for p in exports.rglob("*") if p.is_file() and p.name != ".lock")
 
 
-@pytest.mark.parametrize("work", ["merge", "gguf"])
+@pytest.mark.parametrize("work", ["merge", "gguf", "upload"])
 def test_export_says_what_it_needs(run, monkeypatch, work):
     from kto_core import gguf_converter
 
-    free(monkeypatch, 12 * GB)
+    free(monkeypatch, (16 if work == "upload" else 12) * GB)  # of an upload the merged model alone would have room
     facts = dataclasses.replace(model_info.model_facts(run.config().config.model), parameters=7 * GB)
     monkeypatch.setattr(model_info, "model_facts", lambda name: facts)
     monkeypatch.setattr(gguf_converter, "converter", lambda *a: None)
     monkeypatch.setattr(gguf_converter, "require_convertible", lambda *a: None)
-    needed = {"merge": "14.1", "gguf": "28.1"}[work]  # 2 bytes a weight: merged, f16; and 0.1 that stay free
-    with pytest.raises(DiskError, match=rf"{needed} GB; free in .*: 12\.0 GB. Free some space"):
-        export.merge(run) if work == "merge" else export.gguf(run, ["f16"])
+    # 2 bytes a weight: merged, f16; the default's 0.65; and 0.1 GB that stay free
+    needed = {"merge": "14.1", "gguf": "28.1", "upload": "32.7"}[work]
+    works = {
+        "merge": lambda: export.merge(run),
+        "gguf": lambda: export.gguf(run, ["f16"]),
+        "upload": lambda: export._to_upload(run, run.adapter, ["merged", "gguf"], export.no_progress, None),
+    }
+    with pytest.raises(DiskError, match=rf"{needed} GB; free in .*: 1[26]\.0 GB. Free some space"):
+        works[work]()
     assert not left(run)
 
 
