@@ -169,6 +169,7 @@ def test_a_helper_that_waits_for_the_main_process_ends_with_it(two):
     assert ended(run, GONE).state == "stopped"
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # `leave`'s SystemExit
 @pytest.mark.parametrize(("before", "ends"), [(60.0, True), (-60.0, False)])
 def test_a_process_that_begins_when_all_is_over_ends(tmp_path, monkeypatch, before, ends):
     """Unless what is over was another start, before its launcher began."""
