@@ -55,7 +55,7 @@ def one_round(args, model: str):
     yield "merge"
 
 
-def main() -> int:
+def arguments(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", required=True)
     parser.add_argument("--model", default="demo")
@@ -63,7 +63,11 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> int:
+    args = arguments(argv)
     import os
 
     os.environ["KTO_STUDIO_RUNS"] = tempfile.mkdtemp(prefix="kto-memory-")

@@ -67,7 +67,7 @@ def one(args, model: str, then_gib: float | None) -> dict:
     return {"then_gib": then_gib, "state": state.state, "error": state.error, "said": said, "losses": losses}
 
 
-def main(argv=None) -> int:
+def arguments(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", required=True)
     parser.add_argument("--model", default="demo", help="demo, a folder, or shape:NAME (random weights; see shapes.py)")
@@ -78,7 +78,11 @@ def main(argv=None) -> int:
     parser.add_argument("--after", type=int, default=2, help="steps before the limit falls")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> int:
+    args = arguments(argv)
     from kto_step import model_folder
 
     from kto_core import hardware

@@ -60,6 +60,7 @@ def one(args) -> dict:
         overrides["max_length"] = args.max_length
     if args.num_gpus:
         overrides |= {"num_gpus": args.num_gpus, "worker": "process"}
+        overrides |= {"shard": args.shard} if args.num_gpus > 1 else {}
     resolved = config.resolve(args.preset, overrides)
     c = resolved.config
     tokenizer = model.load_tokenizer(name)
@@ -179,6 +180,7 @@ def arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--timeout", type=int, default=400, help="seconds for one preset")
     parser.add_argument("--json", help="write all results here")
     parser.add_argument("--num-gpus", type=int, help="on one GPU and on N, as the product trains; the ratio")
+    parser.add_argument("--shard", default="auto", choices=("auto", "true", "false"), help="with several GPUs")
     parser.add_argument("--bf16", action="store_true", help="models in bf16, put into 4 bits on loading")
     parser.add_argument("--keep-models", action="store_true", help="do not delete a shape after its preset")
     parser.add_argument("--one", dest="preset", help=argparse.SUPPRESS)
@@ -201,6 +203,7 @@ def apart(args, preset: str, length: int | None, gpus: int | None) -> dict:
         "--shape": args.shape,
         "--max-length": length,
         "--num-gpus": gpus,
+        "--shard": args.shard,
         "--run-dir": run_dir,
     }
     command = [sys.executable, __file__, *(["--bf16"] if args.bf16 else [])]

@@ -406,3 +406,83 @@ def test_runs_that_are_left_alone_are_alike(tiny_model, tmp_path, monkeypatch, c
     for run in runs:
         assert run["state"] == "finished" and len(run["losses"]) == 3, run
         assert run["largest_difference"] == 0 and run["said"] == []
+
+
+# ---- on_card.py -----------------------------------------------------------------------------------------------------
+
+
+def test_every_measurement_on_a_card_is_a_call_that_its_script_takes(capsys):
+    import importlib
+
+    import on_card
+    import shapes
+
+    files = {"{tools}": "rows.jsonl", "{chat}": "chat.json"}
+    for m in on_card.measurements():
+        script, *flags = [files.get(w, w) for w in m.words("{tools}", "{chat}")]
+        module = importlib.import_module(script.removesuffix(".py"))
+        module.arguments(flags)
+        assert m.shape in shapes.SHAPES and m.seconds > 0
+    assert on_card.main(["--list"]) == 0
+    said = capsys.readouterr().out
+    assert "step-7b-chat: python benchmarks/kto_step.py --data CHAT" in said and "{" not in said
+
+
+def test_measurements_of_memory_share_the_card_and_others_do_not():
+    import on_card
+
+    def m(name, shared):
+        return on_card.Measurement(name, "x.py", 1, "mistral-7b", shared=shared)
+
+    chosen = [m("a", False), m("b", True), m("c", True), m("d", True), m("e", False), m("f", True)]
+    found = [[m.name for m in group] for group in on_card.groups(chosen, 2)]
+    assert found == [["a"], ["b", "c"], ["d"], ["e"], ["f"]]
+
+
+SLOW = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+print("child", child.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_measurement_that_takes_too_long_ends_with_all_that_it_started(tmp_path, monkeypatch):
+    import time
+    from types import SimpleNamespace
+
+    import on_card
+    import psutil
+
+    monkeypatch.setattr(on_card, "HERE", tmp_path)
+    (tmp_path / "slow.py").write_text(SLOW)
+    (tmp_path / "wrong.py").write_text("import sys; print('no card'); sys.exit(3)")
+    args = SimpleNamespace(tools="rows.jsonl", chat=None, out=tmp_path)
+    later = time.monotonic() + 600
+    slow = on_card.Measurement("slow", "slow.py --data {tools}", 5, "mistral-7b")
+    assert on_card.run(slow, args, later).startswith("slow: not done in 5 s")
+    head, child = (tmp_path / "slow.txt").read_text().splitlines()[:2]
+    assert head == "$ python benchmarks/slow.py --data rows.jsonl"
+    left = int(child.split()[1])
+    assert not psutil.pid_exists(left) or psutil.Process(left).status() == psutil.STATUS_ZOMBIE
+    wrong = on_card.Measurement("wrong", "wrong.py", 60, "mistral-7b")
+    assert on_card.run(wrong, args, later).startswith("wrong: failed with exit status 3")
+    assert "no card" in (tmp_path / "wrong.txt").read_text()
+    assert on_card.run(wrong, args, time.monotonic()) == "wrong: no time was left for it"
+
+
+def test_a_machine_without_a_card_says_what_is_missing(tmp_path, monkeypatch, capsys):
+    import on_card
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+
+    data = tmp_path / "rows.jsonl"
+    data.write_text("")
+    with pytest.raises(SystemExit):
+        on_card.main(["--only", "chat-8b"])
+    assert "chat-7b" in capsys.readouterr().err  # what there is
+    with pytest.raises(SystemExit):
+        on_card.main(["--only", "step-7b-chat", "--chat", str(tmp_path / "nothing")])
+    assert "--chat needs a file" in capsys.readouterr().err
+    assert on_card.main(["--only", "divided-7b", "--tools", str(data), "--out", str(tmp_path / "out")]) == 1
+    assert "divided-7b: needs 2 GPUs; this machine has 0" in capsys.readouterr().out
