@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PATIENCE = 25_000  # milliseconds a condition may take on a busy machine; only a failing test waits so long
+PATIENCE = 180_000  # milliseconds a condition may take on a busy machine; only a failing test waits so long
 LEAVING = re.compile(r"AbortError|Connection errored out")  # Gradio's words for requests that a reload cut off
 IGNORED = re.compile(r"ResizeObserver loop|preloaded using link preload|downloadable font")
 

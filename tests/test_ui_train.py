@@ -248,6 +248,25 @@ def test_problems_are_shown_at_once_and_nothing_starts(page):
     value_of(page, "beta", 0.5)
 
 
+def test_a_run_to_go_on_from_that_is_deleted_is_not_replaced_unawares(page):
+    earlier = begin_and_stop(page)
+    page.locator("#train-adapter input").click()
+    page.locator("#train-adapter [role=option]", has_text=earlier).click()
+    page.locator("#train-plan [data-verdict]").wait_for()
+    run.find(earlier).delete()
+    alert = page.locator("#train-plan [role=alert]")
+    alert.get_by_text(f"Run {earlier} has no adapter any more").wait_for()
+    fill(page, beta=0.3)
+    page.locator("#train-changed").get_by_text("0.3").wait_for()
+    before = len(run.list_runs())
+    page.locator("#train-start").click()
+    page.locator(".toast-body.error", has_text="has no adapter any more").wait_for()
+    assert len(run.list_runs()) == before
+    page.locator("#train-adapter input").click()
+    page.locator("#train-adapter [role=option]", has_text="A new adapter").click()
+    page.locator("#train-plan [data-verdict]").wait_for()
+
+
 def test_html_in_a_log_is_text(page, runs_dir):
     made = run.create(config.resolve("demo", {}, origin="test"))
     log = EventLog(made.path / "events.jsonl")

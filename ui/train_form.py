@@ -104,9 +104,12 @@ def model_choices(preset: str) -> list[tuple[str, str]]:
     return [("demo (SmolLM2 135M, embedded)" if n == "demo" else n, n) for n in names]
 
 
-def adapter_choices() -> list[tuple[str, str]]:
-    """(label, run id) of the adapters to go on from."""
-    return [("A new adapter", ""), *((f"Run {r.id}", r.id) for r in chat_models.with_adapter())]
+def adapter_choices(chosen: str = "") -> list[tuple[str, str]]:
+    """(label, run id) of the adapters to go on from. The chosen one stays when its run is deleted: `resolve` says so,
+    and nobody trains a new adapter in its place unawares."""
+    there = [r.id for r in chat_models.with_adapter()]
+    gone = [(f"Run {chosen} (not there any more)", chosen)] if chosen and chosen not in there else []
+    return [("A new adapter", ""), *((f"Run {name}", name) for name in there), *gone]
 
 
 def first_model() -> dict:

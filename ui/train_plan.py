@@ -13,7 +13,7 @@ from kto_core import hardware, jobs, model_info, train_checks
 from kto_core.dry_run import planned_steps
 from kto_core.errors import DataError, KTOError
 from kto_core.events import thin
-from ui import data_jobs, sources, train_form
+from ui import data_jobs, live, sources, train_form
 from ui.jobs_view import bar
 
 JOB = "Plan "
@@ -69,7 +69,8 @@ def signature(form: dict, data_id: str) -> tuple:
     """Changes when `view` would say something else: what is known of the data, and of the exact plan."""
     look = _look(form, data_id)
     job = _exact.get(key(form, data_id))
-    return look.signature, (job.state, job.text) if job else None
+    there = not form["adapter"] or any(r.id == form["adapter"] and r.adapter for r in live.listed())
+    return look.signature, (job.state, job.text) if job else None, there
 
 
 def _look(form: dict, data_id: str):

@@ -152,7 +152,7 @@ def _filled(form: dict) -> list:
         form["preset"],
         train_form.preset_note(form["preset"]),
         gr.update(choices=train_form.model_choices(form["preset"]), value=form["model"]),
-        gr.update(choices=train_form.adapter_choices(), value=form["adapter"]),
+        gr.update(choices=train_form.adapter_choices(form["adapter"]), value=form["adapter"]),
         *train_form.write(form),
     ]
 
@@ -199,12 +199,14 @@ def _form_events(ctx: Context, ui) -> None:
 
     listed = gr.State(None)
 
-    def adapters(before):
+    def adapters(form: dict, before):
         """A run that ended, or was deleted, while the page is open."""
         now = chat_models.signature()
-        return (gr.skip(), gr.skip()) if now == before else (gr.update(choices=train_form.adapter_choices()), now)
+        if now == before:
+            return gr.skip(), gr.skip()
+        return gr.update(choices=train_form.adapter_choices(form["adapter"])), now
 
-    ctx.on_tick(adapters, [ui.adapter, listed], [listed])
+    ctx.on_tick(adapters, [ui.adapter, listed], [ui.form, listed])
     ctx.on_load(opened, [*widgets, *outputs], [ui.kept, ctx.chosen_data])
     ctx.on_tick(tick, outputs, [ui.form, ctx.chosen_data, ui.seen])
     changes = [
