@@ -309,7 +309,8 @@ def test_a_conversation_with_the_demo_model(demo_model, monkeypatch, tmp_path):
 
         # loads by itself, streams, says how fast
         ask(page, "What is the capital of France?")
-        assert said(page) and "tokens/s" in page.locator("#chat-stats").inner_text()
+        page.locator("#chat-stats").get_by_text("tokens/s").wait_for()
+        assert said(page)
         page.get_by_text("Loaded:").wait_for()
 
         # thumbs become rows, one an answer; taken back, the row goes
