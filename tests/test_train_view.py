@@ -67,6 +67,12 @@ def test_a_form_survives_the_browser_and_junk_does_not():
     assert train_form.restore(kept) == kept
     for junk in (None, [], "x", {"preset": "zz", "values": {"nope": 1, "beta": [1]}, "adapter": "/etc"}):
         assert train_form.restore(junk) == train_form.empty()
+    gone = train_form.restore({"preset": "demo", "adapter": "20260101-000000-demo-abcd"})  # deleted meanwhile
+    assert "no adapter any more" in train_form.problems(gone)[0]
+    assert train_form.adapter_choices(gone["adapter"])[-1] == (
+        f"Run {gone['adapter']} (not there any more)",
+        gone["adapter"],
+    )
 
 
 def test_all_problems_come_at_once_and_a_path_is_no_model(tmp_path):

@@ -134,7 +134,8 @@ def restore(kept) -> dict:
     values = kept.get("values") if isinstance(kept.get("values"), dict) else {}
     form["values"] = {k: v for k, v in values.items() if k in names and isinstance(v, str | int | float | bool)}
     form["model"] = kept["model"] if isinstance(kept.get("model"), str) and kept["model"] else form["model"]
-    form["adapter"] = kept["adapter"] if kept.get("adapter") in [r for _, r in adapter_choices()] else ""
+    adapter = kept.get("adapter")  # an id; of a run that was deleted meanwhile too: `resolve` says so
+    form["adapter"] = adapter if isinstance(adapter, str) and Path(adapter).name == adapter else ""
     return form
 
 
