@@ -284,7 +284,7 @@ def model_folder(name: str, nf4: bool = False) -> str:
         import shapes
 
         shape = name.removeprefix("shape:").lower()
-        return str(shapes.make(shape, shapes.place(Path(tempfile.gettempdir()) / "kto-shapes", shape, nf4), nf4=nf4))
+        return str(shapes.make(shape, shapes.place(shapes.ROOT, shape, nf4), nf4=nf4))
     from kto_core.model_info import resolve_model
 
     return resolve_model(name)

@@ -23,9 +23,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
 PATIENCE = 20  # seconds between the request to end and the end
 
 
@@ -39,6 +39,7 @@ class Measurement:
     shape: str
     gpus: int = 1
     shared: bool = False
+    bf16: bool = False
 
     def words(self, tools: str, chat: str) -> list[str]:
         """The script and its arguments."""
@@ -118,9 +119,9 @@ def make_shapes(chosen: list[Measurement], tokenizer: str | None, deadline: floa
     """Make the models side by side, in processes that leave the card afterwards, where the scripts look for them."""
     import shapes
 
-    root, made = Path(tempfile.gettempdir()) / "kto-shapes", []
-    for name, nf4 in dict.fromkeys((m.shape, not m.run.startswith("memory_back.py")) for m in chosen):
-        line = [sys.executable, shapes.__file__, name, str(shapes.place(root, name, nf4)), *["--nf4"] * nf4]
+    made = []
+    for name, nf4 in dict.fromkeys((m.shape, not m.bf16) for m in chosen):
+        line = [sys.executable, shapes.__file__, name, str(shapes.place(shapes.ROOT, name, nf4)), *["--nf4"] * nf4]
         made.append(subprocess.Popen(line + ["--tokenizer", tokenizer] * bool(tokenizer), stdout=subprocess.DEVNULL))
     for process in made:
         try:
@@ -160,11 +161,10 @@ def main(argv=None) -> int:
         return 0
     import torch
 
-    cards, chosen = torch.cuda.device_count(), []
+    cards = torch.cuda.device_count()
+    chosen = [m for m in args.chosen if m.gpus <= cards]
     for m in args.chosen:
-        if m.gpus <= cards:
-            chosen.append(m)
-        else:
+        if m.gpus > cards:
             print(f"{m.name}: needs {m.gpus} GPUs; this machine has {cards}", flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * args.minutes

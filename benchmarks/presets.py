@@ -167,6 +167,8 @@ def end(run_dir: Path, patience: float = 30.0) -> None:
 
 
 def arguments(argv=None) -> argparse.Namespace:
+    import shapes
+
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", required=True)
     parser.add_argument("--presets", default="3b,7b,13b,20b")
@@ -174,7 +176,7 @@ def arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--engine", default="auto")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--cap-gib", type=float, default=24.0)
-    parser.add_argument("--models", default=str(Path(tempfile.gettempdir()) / "kto-shapes"))
+    parser.add_argument("--models", default=str(shapes.ROOT))
     parser.add_argument("--tokenizer", help="folder of a tokenizer; default the demo model's")
     parser.add_argument("--shape", help="another shape than the preset's, or a model's folder")
     parser.add_argument("--timeout", type=int, default=400, help="seconds for one preset")

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+ROOT = Path(tempfile.gettempdir()) / "kto-shapes"  # where the scripts look for shapes, and make them
 # name: model_type, hidden, intermediate, layers, heads, key/value heads, vocabulary, tied embeddings
 SHAPES = {
     "smollm2-135m": ("llama", 576, 1536, 30, 9, 3, 49152, True),

@@ -141,6 +141,19 @@ def tab(page, name: str) -> None:
     page.get_by_role("tab", name=name, exact=True).last.click()  # the first one is Gradio's, for measuring
 
 
+def choose(page, place: str, text: str) -> None:
+    """Choose the option with this text in the Dropdown at ``place``."""
+    page.locator(f"{place} input").click()
+    page.locator(f"{place} [role=option]", has_text=text).click()
+
+
+def hold(page, pattern: str, which: Callable) -> list:
+    """Requests that match and that ``which(request)`` wants are not sent; the list to which they are added."""
+    held: list = []
+    page.route(pattern, lambda route: held.append(route) if which(route.request) else route.continue_())
+    return held
+
+
 def until(condition, seconds: float = 60.0):
     """Poll until ``condition()`` is true; its value. For what is not in the page (files, processes)."""
     end = time.monotonic() + seconds

@@ -305,13 +305,8 @@ def test_a_late_answer_does_not_stay(tmp_path, demo_model):
             page.locator("button#data-forth").click()  # seven inputs: a turned page; a tick has many more
         place.get_by_text("51–100 of 130 rows").wait_for()
 
-        held = []
-
-        def hold(route) -> None:
-            turns = route.request.post_data_json["fn_index"] == sent.value.post_data_json["fn_index"]
-            held.append(route) if turns else route.continue_()
-
-        page.route("**/run/predict*", hold)
+        turned = sent.value.post_data_json["fn_index"]
+        held = browser.hold(page, "**/run/predict*", lambda r: r.post_data_json["fn_index"] == turned)
         page.locator("button#data-forth").click()
         search.fill("question 00")
         place.get_by_text("1–10 of 10 rows").wait_for()

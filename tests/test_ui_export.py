@@ -201,6 +201,7 @@ def test_gguf_is_made_checked_and_downloaded(clean_jobs, trained):
 def test_an_answer_of_the_check_stays_with_its_run(clean_jobs, trained, monkeypatch):
     import shutil
 
+    import browser
     from tabs import opened, served
 
     from kto_core import config, export, run
@@ -222,8 +223,7 @@ def test_an_answer_of_the_check_stays_with_its_run(clean_jobs, trained, monkeypa
     with served(export=export_tab.build) as url, opened(url) as page:
 
         def choose(found) -> None:
-            page.locator("#export-run input").click()
-            page.locator("#export-run [role=option]", has_text=found.id).click()
+            browser.choose(page, "#export-run", found.id)
             page.wait_for_function(f"document.querySelector('#export-run input').value === '{found.id}'")
 
         answer, enabled = page.locator("#export-answer"), page.locator("#export-check:enabled")

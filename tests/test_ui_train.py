@@ -164,13 +164,8 @@ def test_a_run_from_start_to_resume(page, chromium, url):
 
 
 def test_answers_that_overtake_each_other_leave_the_form_as_the_page_shows_it(page):
-    held = []
-
-    def hold(route) -> None:
-        held.append(route) if len(held) < 2 else route.continue_()
-
     length_before = page.locator("#set-max_length input").input_value()
-    page.route("**/queue/join*", hold)
+    held = browser.hold(page, "**/queue/join*", lambda _: len(held) < 2)
     page.locator("#train-preset").get_by_text("3b", exact=True).click()
     browser.until(lambda: page.wait_for_timeout(50) or len(held) == 1)
     fill(page, max_steps=7)  # sent with the preset's name and the values of the one before
@@ -194,23 +189,18 @@ def test_a_run_deleted_elsewhere_does_not_take_the_buttons_along(page):
     """The picker, the head and the buttons are refreshed one after the other: each may know more than the next."""
     first, second = begin_and_stop(page), begin_and_stop(page)
     for other in (first, second):  # the picker shows the one that is picked
-        pick(page, other)
+        browser.choose(page, "#train-run", other)
         page.locator(".run-id", has_text=other).wait_for()
     ticks = page.evaluate("""() => {
         const { components, dependencies } = window.gradio_config
         const picker = components.find(c => c.props.elem_id === 'train-run').id
         return dependencies.filter(d => d.outputs.includes(picker) && d.targets[0][1] === 'change').map(d => d.id)
     }""")
-    held = []
-
-    def hold(route) -> None:
-        held.append(route) if route.request.post_data_json["fn_index"] in ticks else route.continue_()
-
-    page.route("**/run/predict*", hold)
+    held = browser.hold(page, "**/run/predict*", lambda r: r.post_data_json["fn_index"] in ticks)
     run.find(second).delete()
     page.locator(".run-id", has_text=first).wait_for()
     browser.until(lambda: page.wait_for_timeout(50) or held)  # the picker still has the one that is gone
-    pick(page, second)
+    browser.choose(page, "#train-run", second)
     page.locator(".toast-body.error", has_text=second).wait_for()
     assert page.locator(".run-id", has_text=first).is_visible()
     page.locator("#train-resume").click()
@@ -219,11 +209,6 @@ def test_a_run_deleted_elsewhere_does_not_take_the_buttons_along(page):
     in_state(page, "stopped")
     assert run.find(first).state().step >= 6
     page.unroute("**/run/predict*")
-
-
-def pick(page, run_id: str) -> None:
-    page.locator("#train-run input").click()
-    page.locator("#train-run [role=option]", has_text=run_id).click()
 
 
 def begin_and_stop(page) -> str:
@@ -250,8 +235,7 @@ def test_problems_are_shown_at_once_and_nothing_starts(page):
 
 def test_a_run_to_go_on_from_that_is_deleted_is_not_replaced_unawares(page):
     earlier = begin_and_stop(page)
-    page.locator("#train-adapter input").click()
-    page.locator("#train-adapter [role=option]", has_text=earlier).click()
+    browser.choose(page, "#train-adapter", earlier)
     page.locator("#train-plan [data-verdict]").wait_for()
     run.find(earlier).delete()
     alert = page.locator("#train-plan [role=alert]")
@@ -262,8 +246,7 @@ def test_a_run_to_go_on_from_that_is_deleted_is_not_replaced_unawares(page):
     page.locator("#train-start").click()
     page.locator(".toast-body.error", has_text="has no adapter any more").wait_for()
     assert len(run.list_runs()) == before
-    page.locator("#train-adapter input").click()
-    page.locator("#train-adapter [role=option]", has_text="A new adapter").click()
+    browser.choose(page, "#train-adapter", "A new adapter")
     page.locator("#train-plan [data-verdict]").wait_for()
 
 

@@ -102,7 +102,7 @@ def build(ctx: Context) -> Shown:
         _part(plots, _points_known, _curves),
         _part([logs], _lines_known, _lines),
     ])  # fmt: skip
-    buttons = {"stop": stop, "resume": resume, "chat": chat, "export": export, "delete": delete}
+    buttons = {"stop": stop, "resume": resume, "chat": chat, "export": export}
     _wire(ctx, shown, picker, plots, buttons, of_buttons)
     _wire_deletion(ctx, shown, delete, yes, no, [confirm, sure, of_question], of_buttons)
     return shown
@@ -259,6 +259,16 @@ def _the_run(run_id: str | None):
     return runs.find(Path(run_id).name)
 
 
+def _done(run_id: str | None, act: Callable):
+    """The run of a button, after ``act(run)``; the lists are read anew also when that fails."""
+    run = _the_run(run_id)
+    try:
+        act(run)
+    finally:
+        live.forget()
+    return run
+
+
 def _wire(ctx: Context, shown: Shown, picker, plots: list, buttons: dict, of_buttons) -> None:
     outputs = shown.outputs
     chosen_too = [ctx.chosen_run, *outputs]
@@ -269,19 +279,10 @@ def _wire(ctx: Context, shown: Shown, picker, plots: list, buttons: dict, of_but
         return (run.id, *shown.everything(run.id))
 
     def stop(run_id: str | None):
-        run = _the_run(run_id)
-        try:
-            run.stop()
-        finally:
-            live.forget()
-        return shown.everything(run.id)
+        return shown.everything(_done(run_id, runs.Run.stop).id)
 
     def resume(run_id: str | None):
-        run = _the_run(run_id)
-        try:
-            runs.resume(run)
-        finally:
-            live.forget()
+        run = _done(run_id, runs.resume)
         return (run.id, *shown.everything(run.id))
 
     def zoom(event: gr.SelectData):
@@ -320,11 +321,7 @@ def _wire_deletion(ctx: Context, shown: Shown, delete, yes, no, question: list, 
         return gr.update(visible=True), views.note(text, "bad"), run.id
 
     def really(run_id: str | None):
-        run = _the_run(run_id)
-        try:
-            run.delete()
-        finally:
-            live.forget()
+        _done(run_id, runs.Run.delete)
         return ("", *shown.everything(""))
 
     delete.click(ctx.guarded(ask), [of_buttons], question, **QUICK)
