@@ -227,6 +227,7 @@ def test_problems_are_shown_at_once_and_nothing_starts(page):
     assert "beta" in alert.inner_text()
     page.locator("#train-start").click()
     page.locator(".toast-body.error").wait_for()
+    page.locator("#train-start", has_text="Start training").wait_for()  # and not "Starting…" for good
     assert len(run.list_runs()) == before
     page.locator("#train-reset").click()
     page.locator("#train-plan [data-verdict]").wait_for()

@@ -261,9 +261,11 @@ def _start_events(ctx: Context, ui, shown: train_run.Shown) -> None:
         return train_plan.view(form, data_id)
 
     ui.start.click(None, None, [ui.start], js="() => 'Starting…'", queue=False)  # answers before the server does
-    ui.start.click(
+    started = ui.start.click(
         ctx.guarded(start), [ctx.chosen_data, *typed], [ctx.chosen_run, *shown.outputs], trigger_mode="once", **QUICK
-    ).then(lambda: START, None, [ui.start], **QUICK)
+    )
+    for ended in (started.then, started.failure):  # Gradio 6.31 does not call `then` after an error
+        ended(lambda: START, None, [ui.start], **QUICK)
     ui.queue.click(
         ctx.guarded(functools.partial(start, queue=True)),
         [ctx.chosen_data, *typed],
