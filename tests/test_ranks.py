@@ -1,4 +1,7 @@
-"""A run on several processes as `run_workers` starts it, gloo in place of NCCL: who ends it, what is said of it."""
+"""A run on several processes as `run_workers` starts it: who ends it, what is said of it.
+
+With gloo on the CPU; ``KTO_TESTS_CARDS=1 python -m pytest tests/test_ranks.py`` with NCCL on two cards.
+"""
 
 import os
 import shutil
@@ -10,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from training import events, make_data, resolved, wait
+from training import PLACE, events, make_data, resolved, wait
 
 from kto_core import alive, ranks, run_workers
 from kto_core import run as runs
@@ -53,8 +56,9 @@ stopping.StopWatch.look, callbacks.RunCallback.on_train_begin = lambda self: Fal
 
 @pytest.fixture
 def two(tmp_path, tiny_model, monkeypatch):
-    """Makes runs, and starts them on two processes of this machine's CPU; nothing of them is left afterwards."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    """Makes runs, and starts them on two processes of this machine; nothing of them is left afterwards."""
+    for name, value in PLACE.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("KTO_STUDIO_CACHE", str(tmp_path / "cache"))
     data, made = make_data(tmp_path / "rows.jsonl", 32), []

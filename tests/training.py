@@ -1,11 +1,15 @@
 """Helpers of the training tests: a two-layer model that trains in a blink, small data, and waiting without sleeping."""
 
 import json
+import os
 import time
 from pathlib import Path
 
 from kto_core import config
 from kto_core.events import fold, read
+
+# where runs of several processes train: KTO_TESTS_CARDS=1 takes this machine's cards and NCCL, not its CPU and gloo
+PLACE = {} if os.environ.get("KTO_TESTS_CARDS") else {"ACCELERATE_USE_CPU": "1"}
 
 FAST = {
     "per_device_train_batch_size": 2,
