@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from test_engine_processes import ROOT, TWO
-from training import FAST, events, make_data, metrics, resolved, state
+from training import FAST, PLACE, events, make_data, metrics, resolved, state
 
 from kto_core import hardware, train_choices
 from kto_core.errors import ConfigError
@@ -41,7 +41,7 @@ whole = load()
 divided = sharding.load_divided(partial(load, in_main_memory=True), models.training_device())
 sizes = [p.nbytes for p in whole.model.layers.parameters() if p.ndim > 1]
 assert sum(sharding.local(p).nbytes for p in divided.model.layers.parameters() if p.ndim > 1) == sum(sizes) // 2
-assert all(p.is_floating_point() for p in divided.model.layers.parameters())
+assert all(p.dtype == torch.float32 for p in divided.model.layers.parameters())
 held = {{p.untyped_storage().nbytes() for p in map(sharding.local, divided.model.layers.parameters())}}
 assert max(held) == max(p.numel() * p.element_size() for p in whole.model.layers.parameters()) // 2
 
@@ -122,6 +122,38 @@ def test_divided_weights_give_the_same_numbers(tmp_path, tiny_model, four_bits):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
     done = subprocess.run([*TWO, str(script)], capture_output=True, text=True, timeout=200, env=env)
     assert done.returncode == 0 and done.stdout.count("well") == 2, done.stderr[-6000:]
+
+
+BYTES = """
+import sys
+sys.path.insert(0, {root!r})
+import torch
+from accelerate import PartialState
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from kto_core.engine.sharding import as_float32
+
+device, rank = PartialState().device, PartialState().process_index
+pairs = torch.arange(2**16, dtype=torch.int32).to(torch.int16)  # every pattern of two bytes
+for kind in (torch.uint8, torch.bfloat16, torch.float16):
+    layer = torch.nn.Linear(1, 1, bias=False, device=device)
+    layer.weight = torch.nn.Parameter(as_float32(pairs.view(kind).to(device)), requires_grad=False)
+    fully_shard(layer, mesh=init_device_mesh(device.type, (2,)))
+    layer.unshard()
+    assert torch.equal(layer.weight.data.cpu().view(-1).view(torch.int16), pairs), kind
+    layer.reshard()
+torch.distributed.destroy_process_group()
+print("well")
+"""
+
+
+def test_gathered_bytes_are_the_divided_ones(tmp_path):
+    """On cards (KTO_TESTS_CARDS=1) NaNs would not be, had FSDP 16-bit floats to copy."""
+    script = tmp_path / "bytes.py"
+    script.write_text(BYTES.format(root=str(ROOT)))
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **PLACE}
+    done = subprocess.run([*TWO, str(script)], capture_output=True, text=True, timeout=100, env=env)
+    assert done.returncode == 0 and done.stdout.count("well") == 2, done.stderr[-3000:]
 
 
 SETTINGS = FAST | {"max_steps": 4, "save_steps": 2, "test_size": 0.2, "eval_steps": 3, "engine": "packed"}

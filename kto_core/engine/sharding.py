@@ -82,13 +82,20 @@ def _divide_layer(layer, mesh) -> None:
             module.quant_state = state  # where bitsandbytes looks for it when the gathered weight has none
             four_bits[module] = {name: getattr(weight, name) for name in FOUR_BITS if hasattr(weight, name)}
             data = weight.data.as_subclass(torch.Tensor)
-            if data.dtype == torch.uint8 and data.numel() % 2 == 0:
-                # the same bytes: older FSDP (torch 2.11) fails on parameters that are whole numbers
-                data = data.view(-1).view(torch.bfloat16)[:, None]
-            module.weight = torch.nn.Parameter(data, requires_grad=False)
+            module.weight = torch.nn.Parameter(as_float32(data), requires_grad=False)
     fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
     for module, values in four_bits.items():
         vars(module.weight).update(values)
+
+
+def as_float32(data: torch.Tensor) -> torch.Tensor:
+    """The same bytes, ``[n, 1]``, in the one format in which FSDP gathers them unchanged.
+
+    It fails on parameters that are whole numbers (torch 2.11), and on a GPU it copies 16-bit floats by way of float32
+    (`_foreach_copy_`), which makes every NaN the same NaN: one in 250 pairs of random bytes is one in bfloat16.
+    """
+    data = data.reshape(-1)
+    return (data.view(torch.float32) if data.nbytes % 4 == 0 else data)[:, None]
 
 
 def is_divided(module) -> bool:
