@@ -1,5 +1,7 @@
 """Processes of one run on several GPUs: the main one (rank 0) tells the story, the others end when it has ended.
 
+A process that waits in NCCL for one that is gone waits for good, and hears nothing: so each looks after the others.
+
 A launcher (torchrun) starts every process in a session of its own, and only the launcher and rank 0 are known to the
 run's folder.
 """
@@ -79,6 +81,22 @@ def end_with_main(run_dir: Path) -> None:
     Processes see a stop at different moments, and one that waits in a collective for one that has left waits forever.
     """
     threading.Thread(target=_follow, args=(run_dir / "events.jsonl", launched()), name="main-rank", daemon=True).start()
+
+
+def end_with_others(run_dir: Path) -> None:
+    """Rank 0: end this process when another has said why it ended, and this one cannot see it.
+
+    The launcher would end it half a minute later. Who reads the run tells the other's error.
+    """
+    if several():
+        threading.Thread(target=_wait_for_error, args=(run_dir,), name="other-ranks", daemon=True).start()
+
+
+def _wait_for_error(run_dir: Path) -> None:
+    while not first_error(run_dir):
+        time.sleep(0.5)
+    time.sleep(2 * PATIENCE)  # in which it ends by itself, or ends what it writes
+    os._exit(1)
 
 
 def launched() -> float:

@@ -48,6 +48,7 @@ def train(config: RunConfig, run_dir: Path, *, end_on_second_stop: bool = False)
     if ranks.rank():  # a helper of several GPUs: the main process tells and decides
         _train_helper(config, run_dir)
         return
+    ranks.end_with_others(run_dir)
     with alive.holding(run_dir):
         events = EventLog(run_dir / "events.jsonl")
         state, message = _guarded(config, run_dir, events, end_on_second_stop)

@@ -233,6 +233,15 @@ def test_an_error_of_the_main_process_stays_its_own(two):
     assert state.state == "failed" and state.message == "Number one is ill."
 
 
+def test_the_main_process_does_not_wait_for_one_that_has_failed(two):
+    """As in NCCL, which tells it nothing; the launcher would wait half a minute."""
+    waits = "import threading; os.environ['RANK'] == '1' or threading.Event().wait()"
+    run = two(trouble=IN_STEP_TWO.format(what=f"{waits}; raise ModelError('Number two is ill.')"), max_steps=6)
+    wait(lambda: ranks.first_error(run.path), 120)
+    state = ended(run, GONE)
+    assert state.state == "failed" and state.message == "Number two is ill."
+
+
 def test_a_killed_rank_is_said(two):
     run = two(rank=1, trouble=IN_STEP_TWO.format(what="os.kill(os.getpid(), 9)"), max_steps=6)
     state = ended(run)
