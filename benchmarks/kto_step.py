@@ -477,7 +477,7 @@ def measure(args: argparse.Namespace, argv: list[str]) -> dict:
                 print(f"{' '.join([name, *flags])} failed: {found['error']}", file=sys.stderr)
             else:
                 runs[name][i].append(found)
-                print(f"{' '.join([name, *flags])}: {rate(found):.2f} rows/s", file=sys.stderr)
+                print(f"{' '.join([name, *flags])}: {brief(found)}", file=sys.stderr, flush=True)
     engines = {}
     for name, by_setting in runs.items():
         found = [middle(r) for r in by_setting if r]
@@ -533,6 +533,15 @@ def middle(found: list[dict]) -> dict:
 def rate(engine: dict, kind: str = "cold") -> float | None:
     """Rows a second; of an engine measured in two ways those of a first run, or ``kind``'s."""
     return engine.get(kind or "cold", engine).get("rows_per_s")
+
+
+def brief(engine: dict) -> str:
+    """One result in a line, for who does not wait for the others."""
+    kinds = [(f" {kind}", engine[kind]) for kind in ("cold", "warm") if kind in engine] or [("", engine)]
+    return ", ".join(
+        f"{v['rows_per_s']:.2f} rows/s and {v['tokens_per_s']:.0f} tokens/s{kind} with {v['peak_gib']:.2f} GiB"
+        for kind, v in kinds
+    )
 
 
 def table(engines: dict) -> str:

@@ -34,7 +34,7 @@ def available(hf_config, max_length: int | None = None) -> tuple[bool, str]:
         return False, f"{name} also takes images or sound, and the packed engine serves text decoders only."
     experts = ("num_local_experts", "num_experts", "n_routed_experts")
     if any((getattr(config, key, 0) or 0) > 1 for key in experts) and name not in MIXTURES:
-        return False, f"{name} is a mixture of experts, and the packed engine serves dense decoders only."
+        return False, f"{name} is a mixture of experts, and of those the packed engine serves gpt-oss only."
     kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
     if kinds or name in ("mamba", "mamba2", "rwkv", "recurrent_gemma"):
         kind = ", ".join(sorted(kinds)) or "recurrent layers"
