@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from . import hardware, model_shape
-from .engine import MIXTURES, passes
+from .engine import passes
 from .hardware import GIB, Device
 from .memory_coefficients import Coefficients
 from .model_shape import Shape
@@ -255,8 +255,8 @@ def _largest(s: Shape) -> int:
 
 
 def _engine(c: RunConfig, s: Shape) -> str:
-    """auto takes the packed engine, TRL's trainer for mixtures of experts that it does not serve."""
-    return c.engine if c.engine != "auto" else "trl" if s.experts and s.architecture not in MIXTURES else "packed"
+    """auto takes the packed engine for dense decoders, TRL's trainer for mixtures of experts."""
+    return c.engine if c.engine != "auto" else "trl" if s.experts else "packed"
 
 
 def _sharded(c: RunConfig, s: Shape) -> bool:
