@@ -130,7 +130,7 @@ def worker(args: argparse.Namespace) -> dict:
     dataset = encoded_dataset(encoded, labels, args.batch_size, kl=True)
 
     def run(reference_cache=None):
-        model = load(args, folder, gpu)
+        model = load(args, folder)
         work = Work(model, layer_operations(folder))
         with tempfile.TemporaryDirectory() as out:
             trainer = build(args, model, tokenizer, dataset, out, gpu, reference_cache)
@@ -315,13 +315,13 @@ def rows(args, folder: str):
     return [e for e, _ in found], [label for _, label in found], tokenizer
 
 
-def load(args, folder: str, gpu: bool):
-    import torch
-
-    dtype = torch.bfloat16 if gpu else torch.float32
+def load(args, folder: str):
+    """The model as the product loads it; Unsloth's with its adapter."""
     if args.worker == "unsloth":
+        import torch
         from unsloth import FastLanguageModel
 
+        dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
         model, _ = FastLanguageModel.from_pretrained(
             folder, max_seq_length=args.max_length, dtype=dtype, load_in_4bit=args.load_in_4bit
         )
@@ -329,23 +329,10 @@ def load(args, folder: str, gpu: bool):
             model, r=args.lora_r, lora_alpha=2 * args.lora_r, lora_dropout=0, target_modules=targets(),
             use_gradient_checkpointing="unsloth", random_state=0,
         )  # fmt: skip
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from kto_core import config, model
 
-    kwargs = {"dtype": dtype, "attn_implementation": "sdpa"}
-    if gpu:
-        kwargs["device_map"] = {"": 0}
-    if args.load_in_4bit and not quantized(folder):
-        kwargs["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-        )
-    return AutoModelForCausalLM.from_pretrained(folder, **kwargs)
-
-
-def quantized(folder: str) -> bool:
-    """Whether the checkpoint is in 4 bits already."""
-    from kto_core.model_info import model_facts
-
-    return bool(model_facts(folder).quantized)
+    settings = {"model": folder, "data": "none", "load_in_4bit": args.load_in_4bit}
+    return model.load_base(config.resolve("demo", settings).config, for_training=True)
 
 
 def targets() -> list[str]:
@@ -438,7 +425,7 @@ def timing_callback(warm_up: int, work: Work):
 
 
 class profiled:
-    """Prints the operators that take most of the time, if ``wanted``."""
+    """Prints the operators that take most of the time, and how much of it the GPU was busy, if ``wanted``."""
 
     def __init__(self, wanted: bool):
         self.wanted = wanted
@@ -452,11 +439,23 @@ class profiled:
             self.key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
             self.profile = profile(activities=activities)
             self.profile.__enter__()
+            self.began = now()
 
     def __exit__(self, *error):
         if self.wanted:
+            wall = now() - self.began
             self.profile.__exit__(*error)
+            if busy := busy_seconds(self.profile.key_averages()):
+                print(f"GPU busy {busy:.2f} of {wall:.2f} s", file=sys.stderr)
             print(self.profile.key_averages().table(sort_by=self.key, row_limit=25), file=sys.stderr)
+
+
+def busy_seconds(averages) -> float:
+    """Of the kernels; the operators that started them are told apart from them, and named ranges span both."""
+    from torch.autograd import DeviceType
+
+    kernels = [e for e in averages if e.device_type != DeviceType.CPU and not getattr(e, "is_user_annotation", False)]
+    return sum(e.self_device_time_total for e in kernels) / 1e6
 
 
 # ---- all engines -----------------------------------------------------------------------------------------------------

@@ -133,7 +133,7 @@ def _attempt(args, found: dict) -> None:
         flags += ["--token-budget", str(args.length), "--checkpoint-layers", str(ALL)]
     one = kto_step.arguments(flags)
     hold(args.cap_gib, gpu)
-    model = kto_step.load(one, folder, gpu)
+    model = kto_step.load(one, folder)
     dataset = encoded_dataset(encoded, labels, one.batch_size, kl=True)
     with tempfile.TemporaryDirectory() as out:
         cache = str(Path(out) / "cache")

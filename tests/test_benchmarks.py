@@ -90,6 +90,53 @@ def test_settings_keep_the_rows_of_a_step():
     assert step("--no-gradient-checkpointing").checkpointing == "off"
 
 
+def test_a_result_is_told_whole_in_a_line():
+    import kto_step
+
+    one = {"rows_per_s": 2.0, "tokens_per_s": 700.4, "peak_gib": 7.5}
+    assert kto_step.brief(one) == "2.00 rows/s and 700 tokens/s with 7.50 GiB"
+    assert "3.00 rows/s and 900 tokens/s warm with 8.00 GiB" in kto_step.brief(
+        {"cold": one, "warm": {"rows_per_s": 3.0, "tokens_per_s": 900.0, "peak_gib": 8.0}}
+    )
+
+
+def test_kernels_count_once_as_busy():
+    import kto_step
+    from torch.autograd import DeviceType
+
+    class Event:
+        def __init__(self, kind, micros, named=False):
+            self.device_type, self.self_device_time_total, self.is_user_annotation = kind, micros, named
+
+    found = [Event(DeviceType.CPU, 2e6), Event(DeviceType.CUDA, 2e6), Event(DeviceType.CUDA, 5e6, named=True)]
+    assert kto_step.busy_seconds(found) == 2.0
+
+
+def test_kernels_are_timed_and_a_missing_one_is_said(capsys, monkeypatch):
+    import kernels
+
+    def missing():
+        raise ImportError("No module named 'liger_kernel'")
+
+    monkeypatch.setitem(kernels.VARIANTS, "liger", missing)
+    flags = ["--shape", "smollm2-135m", "--tokens", "8", "--repeat", "1", "--variants", "plain,ours,liger", "--json"]
+    assert kernels.main(flags) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["ms"].keys() == {"plain", "ours"} and min(found["ms"]["ours"].values()) > 0 and found["products"] > 0
+    assert found["errors"] == {"liger": "ImportError: No module named 'liger_kernel'"}
+
+
+def test_ours_and_plain_are_the_same_functions():
+    import kernels
+
+    args = kernels.arguments(["--shape", "smollm2-135m", "--tokens", "8"])
+    args.device, args.dtype = "cpu", torch.float32
+    for name, given in kernels.inputs(args).items():
+        ours, plain = (kind()[name](*given) for kind in (kernels.ours, kernels.plain))
+        for a, b in zip(*((x if isinstance(x, tuple) else (x,)) for x in (ours, plain)), strict=True):
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-5), name
+
+
 def test_ratios_compare_like_with_like():
     import kto_step
 
