@@ -89,11 +89,12 @@ def end_with_others(run_dir: Path) -> None:
     The launcher would end it half a minute later. Who reads the run tells the other's error.
     """
     if several():
-        threading.Thread(target=_wait_for_error, args=(run_dir,), name="other-ranks", daemon=True).start()
+        began = launched()
+        threading.Thread(target=_wait_for_error, args=(run_dir, began), name="other-ranks", daemon=True).start()
 
 
-def _wait_for_error(run_dir: Path) -> None:
-    while not first_error(run_dir):
+def _wait_for_error(run_dir: Path, began: float) -> None:
+    while not first_error(run_dir, began):  # older ones are of another start
         time.sleep(0.5)
     time.sleep(2 * PATIENCE)  # in which it ends by itself, or ends what it writes
     os._exit(1)
@@ -138,10 +139,12 @@ def forget_errors(run_dir: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def first_error(run_dir: Path) -> str:
-    """What went wrong first in another rank: the lost connection that the main one complains of comes of that."""
+def first_error(run_dir: Path, since: float = 0.0) -> str:
+    """What went wrong first in another rank (since then, unix seconds): the lost connection that the main one complains
+    of comes of that."""
     try:
-        found = sorted(run_dir.glob("rank-*.error"), key=lambda p: p.stat().st_mtime_ns)
+        found = sorted((p.stat().st_mtime, p) for p in run_dir.glob("rank-*.error"))
+        found = [p for time_of, p in found if time_of >= since]
         return found[0].read_text(encoding="utf-8").strip() if found else ""
     except OSError:
         return ""

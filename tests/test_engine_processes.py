@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -150,6 +151,7 @@ def test_the_first_error_is_the_one_that_is_told(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     ranks.note_error(tmp_path, "The disk is full.")
     assert ranks.first_error(tmp_path) == "The disk is full."
+    assert ranks.first_error(tmp_path, time.time() + 5) == ""  # an earlier start's
     ranks.forget_errors(tmp_path)
     assert ranks.first_error(tmp_path) == ""
     log = """
