@@ -186,6 +186,22 @@ def stop_after(folder, step):
     return thread
 
 
+def test_reference_scores_of_another_model_are_noticed(tiny, data, tmp_path, monkeypatch):
+    """At the start the policy is the reference; a broken cache, or weights that were not, would spoil every reward."""
+    import sqlite3
+
+    monkeypatch.setenv("KTO_STUDIO_CACHE", str(tmp_path / "cache"))
+    said = {}
+    for name, error in (("new", None), ("kept", 0), ("wrong", 6)):
+        if error is not None:
+            with sqlite3.connect(tmp_path / "cache" / "reference" / "logps.sqlite") as db:
+                assert db.execute("UPDATE logps SET value = value + ?", (error,)).rowcount
+        train(resolved(tiny, data, engine="packed", max_steps=2).config, tmp_path / name)
+        said[name] = [e["text"] for e in events(tmp_path / name) if "not the reference's" in e.get("text", "")]
+    assert not said["new"] and not said["kept"]
+    assert len(said["wrong"]) == 1 and "a row's differ by 6.0" in said["wrong"][0]
+
+
 @pytest.mark.parametrize("engine", ["trl", "packed"])
 def test_resumed_metrics_equal_the_uninterrupted_run(tiny, data, tmp_path, engine):
     # many epochs, metrics averaged over three steps, stops at whatever step it comes to: all must be equal

@@ -5,6 +5,20 @@ from __future__ import annotations
 import torch
 
 
+def apart(results: list) -> tuple[float, float]:
+    """How far policy and reference are apart: |difference of a row's log-probs|, the mean; and the mean of that by the
+    root of a row's tokens, since what rounding does to a token goes either way."""
+    rows = [
+        ((result.logps - group.ref.to(result.logps.dtype)).abs(), result.lengths.sqrt())
+        for group, result in results
+        if group is not None
+    ]
+    if not rows:
+        return 0.0, 0.0
+    off, root = (torch.cat(values) for values in zip(*rows, strict=True))
+    return float(off.mean()), float((off / root).mean())
+
+
 def record(metrics: dict, results: list, beta: float, device, reduce=None) -> int:
     """Append one value a metric for each (group, result) of a step; one pair a KL group.
 
