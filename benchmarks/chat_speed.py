@@ -23,6 +23,8 @@ VARIANTS = ("chat", "base", "plain", "static")
 
 
 def arguments(argv=None) -> argparse.Namespace:
+    from flags import chosen
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="demo", help="demo, a folder, or shape:NAME (random weights; see shapes.py)")
     parser.add_argument("--load-in-4bit", action="store_true")
@@ -35,9 +37,7 @@ def arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--cap-gib", type=float, help="GPU memory that the process may take")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     args = parser.parse_args(argv)
-    args.names = args.variants.split(",")
-    if unknown := set(args.names) - set(VARIANTS):
-        parser.error(f"unknown variant {unknown.pop()}; choose from {', '.join(VARIANTS)}")
+    args.names = chosen(parser, args.variants.split(","), VARIANTS, "variant")
     return args
 
 

@@ -102,16 +102,18 @@ def seconds(function, given: list, repeat: int) -> float:
     import torch
     from kto_step import now
 
-    wanted, times, grads = [x for x in given if x.requires_grad], [], None
+    wanted, times = [x for x in given if x.requires_grad], []
+    grads = [torch.randn_like(o) for o in outputs(function(*given))]
     for _ in range(repeat + 3):
+        own = [g.clone() for g in grads]  # a backward may write into what it is given
         began = now()
-        out = function(*given)
-        out = out if isinstance(out, tuple) else (out,)
-        if grads is None:
-            grads = [torch.randn_like(o) for o in out]
-        torch.autograd.grad(out, wanted, [g.clone() for g in grads])
+        torch.autograd.grad(outputs(function(*given)), wanted, own)
         times.append(now() - began)
     return statistics.median(times[3:])
+
+
+def outputs(found) -> tuple:
+    return found if isinstance(found, tuple) else (found,)
 
 
 def products(args) -> float:
@@ -145,6 +147,7 @@ def measure(args) -> dict:
 
 
 def arguments(argv=None) -> argparse.Namespace:
+    from flags import chosen
     from shapes import SHAPES
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -154,9 +157,7 @@ def arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--repeat", type=int, default=20)
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     args = parser.parse_args(argv)
-    args.names = args.variants.split(",")
-    if unknown := set(args.names) - set(VARIANTS):
-        parser.error(f"unknown variant {unknown.pop()}; choose from {', '.join(VARIANTS)}")
+    args.names = chosen(parser, args.variants.split(","), VARIANTS, "variant")
     return args
 
 

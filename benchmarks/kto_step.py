@@ -40,6 +40,8 @@ MARK = "RESULT "
 
 
 def arguments(argv=None) -> argparse.Namespace:
+    from flags import chosen, listed
+
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--engines", default="trl,packed", help=f"comma-separated, of {', '.join(ENGINES)}")
     parser.add_argument("--data", required=True)
@@ -79,9 +81,7 @@ def arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--worker", choices=ENGINES, help=argparse.SUPPRESS)
     parser.add_argument("--cache", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    args.names = [name.strip() for name in args.engines.split(",") if name.strip()]
-    if unknown := [name for name in args.names if name not in ENGINES]:
-        parser.error(f"unknown engine {unknown[0]}; choose from {', '.join(ENGINES)}")
+    args.names = chosen(parser, listed(args.engines), ENGINES, "engine")
     whole = args.batch_size * args.accumulation
     try:
         args.micro = list(dict.fromkeys([args.batch_size, *(int(n) for n in args.micro_batches.split(",") if n)]))
@@ -445,9 +445,10 @@ class profiled:
         if self.wanted:
             wall = now() - self.began
             self.profile.__exit__(*error)
-            if busy := busy_seconds(self.profile.key_averages()):
+            averages = self.profile.key_averages()
+            if busy := busy_seconds(averages):
                 print(f"GPU busy {busy:.2f} of {wall:.2f} s", file=sys.stderr)
-            print(self.profile.key_averages().table(sort_by=self.key, row_limit=25), file=sys.stderr)
+            print(averages.table(sort_by=self.key, row_limit=25), file=sys.stderr)
 
 
 def busy_seconds(averages) -> float:

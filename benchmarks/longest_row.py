@@ -31,6 +31,8 @@ ALL = 10**6  # layers; the engine has no more than it has
 
 
 def arguments(argv=None) -> argparse.Namespace:
+    from flags import chosen, listed
+
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--engines", default=",".join(ENGINES), help="comma-separated (default: %(default)s)")
     parser.add_argument("--model", default="demo", help="demo, a folder, or shape:NAME (random weights; see shapes.py)")
@@ -48,9 +50,7 @@ def arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--worker", choices=ENGINES, help=argparse.SUPPRESS)
     parser.add_argument("--length", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    args.names = [name.strip() for name in args.engines.split(",") if name.strip()]
-    if unknown := set(args.names) - set(ENGINES):
-        parser.error(f"unknown engine {unknown.pop()}; choose from {', '.join(ENGINES)}")
+    args.names = chosen(parser, listed(args.engines), ENGINES, "engine")
     if not 4 <= args.low <= args.high or args.step < 1:
         parser.error("--low is at least 4 and at most --high; --step is at least 1")
     return args

@@ -131,6 +131,8 @@ def make_shapes(chosen: list[Measurement], tokenizer: str | None, deadline: floa
 
 
 def arguments(argv=None) -> argparse.Namespace:
+    from flags import chosen, listed
+
     there = measurements()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tools", help="rows with long prompts, for example nexus_behaviors.jsonl")
@@ -142,9 +144,7 @@ def arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--tokenizer", help="folder of a tokenizer for the shapes; default the demo model's")
     parser.add_argument("--list", action="store_true", help="print the commands and do nothing")
     args = parser.parse_args(argv)
-    names = [n.strip() for n in args.only.split(",") if n.strip()]
-    if unknown := set(names) - {m.name for m in there}:
-        parser.error(f"unknown: {', '.join(sorted(unknown))}. There are {', '.join(m.name for m in there)}")
+    names = chosen(parser, listed(args.only), [m.name for m in there], "measurement")
     args.chosen = [m for m in there if m.name in names or not names]
     for flag in ("tools", "chat"):
         needed = not args.list and any(f"{{{flag}}}" in m.run for m in args.chosen)

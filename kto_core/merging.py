@@ -133,15 +133,14 @@ def _merge_layers(tuned, dtype) -> tuple[int, float]:
         tell(0.45 + 0.25 * i / len(layers), f"Merging: layer {i + 1:,} of {len(layers):,}")
         holder = layer.get_base_layer()
         weight = getattr(holder, getattr(layer, "parameter_name", "weight"))
-        before, on_grid = weight.data, weight.dtype != torch.float32
+        before = weight.data
         weight.data = before.float()
         try:
             layer.merge(safe_merge=True)
         except ValueError as e:
             raise ExportError(f"The adapter has values that are not finite ({name}): training diverged.") from e
-        weight.data, along, whole = _rounded(
-            before, weight.data, dtype, generator if on_grid and before.dtype == dtype else None
-        )
+        on_grid = before.dtype == dtype  # which is never float32
+        weight.data, along, whole = _rounded(before, weight.data, dtype, generator if on_grid else None)
         projected, size = projected + along, size + whole
     return len(layers), (projected / size if size else 1.0)
 

@@ -143,8 +143,8 @@ def first_error(run_dir: Path, since: float = 0.0) -> str:
     """What went wrong first in another rank (since then, unix seconds): the lost connection that the main one complains
     of comes of that."""
     try:
-        found = sorted((p.stat().st_mtime, p) for p in run_dir.glob("rank-*.error"))
-        found = [p for time_of, p in found if time_of >= since]
+        times = {p: p.stat().st_mtime for p in run_dir.glob("rank-*.error")}
+        found = [p for p in sorted(times, key=times.get) if times[p] >= since]
         return found[0].read_text(encoding="utf-8").strip() if found else ""
     except OSError:
         return ""

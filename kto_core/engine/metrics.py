@@ -8,15 +8,16 @@ import torch
 def apart(results: list) -> tuple[float, float]:
     """How far policy and reference are apart: |difference of a row's log-probs|, the mean; and the mean of that by the
     root of a row's tokens, since what rounding does to a token goes either way."""
-    rows = [
-        ((result.logps - group.ref.to(result.logps.dtype)).abs(), result.lengths.sqrt())
-        for group, result in results
-        if group is not None
-    ]
+    rows = [(_gain(group, result).abs(), result.lengths.sqrt()) for group, result in results if group is not None]
     if not rows:
         return 0.0, 0.0
     off, root = (torch.cat(values) for values in zip(*rows, strict=True))
     return float(off.mean()), float((off / root).mean())
+
+
+def _gain(group, result) -> torch.Tensor:
+    """log pi(y|x) - log pi_ref(y|x) of each row."""
+    return result.logps - group.ref.to(result.logps.dtype)
 
 
 def record(metrics: dict, results: list, beta: float, device, reduce=None) -> int:
@@ -33,7 +34,7 @@ def record(metrics: dict, results: list, beta: float, device, reduce=None) -> in
     for group, result in results:
         total = torch.zeros(13, dtype=torch.float64, device=device)
         if group is not None:
-            rewards = beta * (result.logps - group.ref.to(result.logps.dtype))
+            rewards = beta * _gain(group, result)
             sums = [result.entropy.sum(), result.lengths.sum(), result.lengths.new_tensor(result.tokens)]
             for side in (group.labels, ~group.labels):
                 sums += [side.sum(), rewards[side].sum(), result.logps[side].sum()]

@@ -93,6 +93,7 @@ def as_float32(data: torch.Tensor) -> torch.Tensor:
 
     It fails on parameters that are whole numbers (torch 2.11), and on a GPU it copies 16-bit floats by way of float32
     (`_foreach_copy_`), which makes every NaN the same NaN: one in 250 pairs of random bytes is one in bfloat16.
+    Bytes that are no multiple of four stay as they are.
     """
     data = data.reshape(-1)
     return (data.view(torch.float32) if data.nbytes % 4 == 0 else data)[:, None]
@@ -111,7 +112,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     if not _is_share(tensor):
         return tensor
     found = tensor.detach().full_tensor()
-    if getattr(tensor, "quant_storage", found.dtype) != found.dtype:  # see `_divide_layer`
+    if getattr(tensor, "quant_storage", found.dtype) != found.dtype:  # see `as_float32`
         found = found.view(-1).view(tensor.quant_storage)[:, None]
     return found
 

@@ -1,0 +1,18 @@
+"""Names in a flag, separated by commas, as several of the scripts take them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Collection
+
+
+def listed(text: str) -> list[str]:
+    """The names between the commas, without the blanks."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def chosen(parser: argparse.ArgumentParser, names: list[str], known: Collection[str], what: str) -> list[str]:
+    """``names``; the parser's error, which ends the script, if one is not among the ``known``."""
+    if unknown := [name for name in names if name not in known]:
+        parser.error(f"unknown {what} {unknown[0]}; choose from {', '.join(known)}")
+    return names
