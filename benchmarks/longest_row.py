@@ -6,7 +6,8 @@ A try is a process of its own that loads the model, makes one optimizer step on 
 answer, random tokens, nothing shared, so that nothing is saved by chance) and ends, or runs out of memory. Each try
 prints a line, each engine a row of the table. TRL and Unsloth take both rows at once (they refuse a micro-batch of
 one) and recompute all layers; the packed engine chooses for itself, refuses what it believes not to fit (its limits are
-in its line), and as ``forced`` is told to try all the same, one row a pass, all layers recomputed.
+in its line), and as ``forced`` is told to try all the same, one row a pass, all layers recomputed, their inputs in
+main memory on a GPU.
 Without a GPU ``--cap-gib`` is a limit on the process's data (Linux).
 """
 
@@ -138,6 +139,8 @@ def _attempt(args, found: dict) -> None:
     with tempfile.TemporaryDirectory() as out:
         cache = str(Path(out) / "cache")
         trainer = kto_step.build(one, model, tokenizer, dataset, out, gpu, cache)
+        if args.worker == "forced":
+            trainer.engine.offload = gpu
         began = time.perf_counter()
         trainer.train()
         if gpu:
@@ -146,6 +149,7 @@ def _attempt(args, found: dict) -> None:
         if engine == "packed":
             e = trainer.engine
             found["limits"] = {"token_budget": e.token_budget, "recomputed": e.checkpoint_layers, "of": len(e.layers)}
+            found["limits"]["offload"] = e.offload
     peak = torch.cuda.max_memory_reserved() if gpu else kto_step.peak_rss()
     found["peak_gib"] = round(peak / 2**30, 2)
 
@@ -197,6 +201,7 @@ def line(found: dict) -> str:
         n = found["limits"]
         budget = f"{n['token_budget']:,}" if n["token_budget"] else "all"
         text += f"; limits: {budget} tokens a pass, {n['recomputed']} of {n['of']} layers recomputed"
+        text += ", their inputs in main memory" if n["offload"] else ""
     return text
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .config import RunConfig
     from .engine.sample import Sample
 
+OFFLOADED = "The longest rows have room because the inputs of recomputed layers wait in main memory."
 SMALLER = {"20b": "13b", "13b": "7b", "7b": "3b", "3b": "demo"}
 UNKNOWN = 7e9  # parameters assumed of a model whose name tells nothing
 PROMPTS = 0.5  # of a batch's tokens, prefixes that rows share counted once
@@ -38,6 +39,7 @@ class MemoryPlan:
     parts: dict[str, float]  # GiB of weights, adapters, optimizer, activations, K/V store, logits, …; sums to the total
     layers: int
     checkpoint_layers: int  # computed twice instead of kept
+    offload: bool  # their inputs wait in main memory
     token_budget: int  # tokens of one pass
     sharded: bool  # the frozen weights are divided over the GPUs
     model: str  # where the model's sizes come from
@@ -100,6 +102,8 @@ class _Fit:
     checkpoint: int
     tokens: int
     least: float | None = None  # what the packed engine can make do with; it takes more where there is more
+    offload: bool = False
+    refused: bool = False  # the packed engine will not begin: a pass cannot hold the longest row
 
     @property
     def total(self) -> float:
@@ -136,6 +140,7 @@ def _fit_packed(c, s: Shape, lengths, packed: Sample | None, available: float, k
     free = free * GIB - passes.RESERVE["cuda" if gpu else "cpu"]
 
     token = _token(c, s, k, gpu)
+    offloads = gpu and passes.inputs_fit(longest, s.layers, token.entry, hardware.memory_gib()[1] * GIB)
 
     def most(n: int) -> int:
         return max(0, int(free / token.peak(s.layers, n)))
@@ -145,13 +150,16 @@ def _fit_packed(c, s: Shape, lengths, packed: Sample | None, available: float, k
         choices = [s.layers if c.gradient_checkpointing else 0]
     elif not gpu:
         choices = [0] if most(0) >= longest else [0, s.layers]
+    if offload := offloads and most(max(choices)) < longest:
+        token = token.offloaded()
     groups = [int(n * Y_TOKENS) for n in sums]
     budget, layers = passes.cheapest(groups, longest, s.layers, choices, most)
     single = max(groups) <= budget
     tokens = max(sums) if single else max(longest, min(budget, max(sums)))
-    moving = _peak(c, s, tokens, layers, k, gpu, store=PROMPTS if single else 0)
-    least = _parts(c, s, _peak(c, s, longest, max(choices), k, gpu, store=0), k, gpu)
-    return _Fit(_parts(c, s, moving, k, gpu), available, layers, tokens, sum(least.values()))
+    moving = _peak(token, s, tokens, layers, k, gpu, store=PROMPTS if single else 0)
+    smallest = token.offloaded() if offloads else token
+    least = _parts(c, s, _peak(smallest, s, longest, max(choices), k, gpu, store=0), k, gpu)
+    return _Fit(_parts(c, s, moving, k, gpu), available, layers, tokens, sum(least.values()), offload, budget < longest)
 
 
 def _batches(lengths: Sequence[int], packed: Sample | None, rows: int, most: int = 64) -> list[int]:
@@ -185,10 +193,11 @@ def _token(c, s: Shape, k: Coefficients, gpu: bool) -> passes.Token:
     )
 
 
-def _peak(c, s: Shape, tokens: int, checkpoint: int, k: Coefficients, gpu: bool, *, store: float) -> dict[str, float]:
+def _peak(
+    token: passes.Token, s: Shape, tokens: int, checkpoint: int, k: Coefficients, gpu: bool, *, store: float
+) -> dict[str, float]:
     """Bytes at the peak of a pass: when its answers are scored, or in the backward, when K/V store and logits are gone.
     ``store``: share of the tokens whose keys and values are kept. Measured: `benchmarks/RESULTS.md`."""
-    token = _token(c, s, k, gpu)
     kept, backward = tokens * token.kept(s.layers, checkpoint), tokens * token.backward(s.layers, checkpoint)
     chunk = min(tokens, passes.chunk_tokens(s.vocabulary, "cuda" if gpu else "cpu"))
     scoring = {"K/V store": store * tokens * token.store, "logits": chunk * s.vocabulary * k.packed_logits}
@@ -265,6 +274,8 @@ def _sharded(c: RunConfig, s: Shape) -> bool:
 
 
 def _verdict(found: _Fit, k: Coefficients) -> str:
+    if found.refused:
+        return "does not fit"
     need = found.total if found.least is None else found.least
     if need <= found.available * k.safe and found.total <= found.available:
         return "fits"
@@ -280,6 +291,7 @@ def _made(found: _Fit, c: RunConfig, s: Shape, verdict: str, advice: str, device
         parts=found.parts,
         layers=s.layers,
         checkpoint_layers=found.checkpoint,
+        offload=found.offload,
         token_budget=found.tokens,
         sharded=_sharded(c, s),
         model=f"{c.model}: {s.parameters / 1e9:.3g} billion parameters, {s.source}",

@@ -4,6 +4,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from kto_core.engine import attention, passes, tree
 from kto_core.engine.loss import Head, kto_losses, token_logps
@@ -62,6 +63,41 @@ def test_micro_passes_and_recomputed_layers_change_nothing(budget, layers):
     result, gradients = run(Engine(model, budget, layers), group_of(rows, expected))
     assert (result.passes > 1) == (budget is not None)
     check(result, gradients, expected)
+
+
+def test_inputs_of_recomputed_layers_wait_in_main_memory(monkeypatch):
+    """Two of three layers in each pass; theirs are given up until the backward, which gets the same gradient."""
+    waiting, inputs, alive = [], [], []
+
+    class Elsewhere(torch.autograd.graph.saved_tensors_hooks):
+        def __init__(self, pin_memory):
+            super().__init__(self.pack, lambda tensor: tensor)
+
+        def pack(self, tensor):
+            waiting.append(tensor.clone())
+            return waiting[-1]
+
+    monkeypatch.setattr(torch.autograd.graph, "save_on_cpu", Elsewhere)
+    model = oracle.tuned_model("qwen2")
+    rows = oracle.random_rows(6)
+    prompts, completions, labels = rows
+    expected = oracle.step(model, prompts, completions, [*completions[1:], completions[0]], labels)
+    engine = Engine(model, 60, 2)
+    engine.offload = True
+    for layer in engine.layers:
+        layer.register_forward_pre_hook(lambda _, x: inputs.append(StorageWeakRef(x[0].untyped_storage())))
+    engine.model.train()
+    with engine.using_tree():
+
+        def backward(loss):
+            alive.append(sum(not i.expired() for i in inputs[-3:]))
+            loss.backward()
+
+        result = engine.run(group_of(rows, expected), beta=0.1, desirable_weight=1.0, undesirable_weight=1.0,
+                            backward=backward)  # fmt: skip
+    check(result, oracle.gradients(model), expected)
+    assert result.passes > 1 and len(waiting) == 2 * result.passes
+    assert alive == [1] * result.passes  # of the layer that is not computed again
 
 
 def test_order_of_rows_changes_nothing():

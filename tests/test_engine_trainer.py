@@ -308,6 +308,30 @@ def test_limits_follow_the_memory(tmp_path, tokenizer, monkeypatch):
     assert found == [(max(groups), 0), (max(groups), 1), (max(groups), 2), (50, 2)]
 
 
+def test_inputs_of_layers_wait_elsewhere_where_the_longest_row_has_no_room(tmp_path, tokenizer, monkeypatch):
+    """At the start, and as the last answer to running out of memory."""
+    from kto_core.engine import memory
+
+    trainer = packed(tmp_path, tokenizer, dataset(16))
+    engine, groups = trainer.engine, memory.sample_groups(trainer.planner)
+    token, copies = memory.measure(engine, trainer._autocast)
+    leave(monkeypatch, trainer, 39.5 * token.peak(3, 3) + copies)
+    assert memory.limits(engine, groups, trainer._autocast, None, 40, recompute=True)[0] == 39
+    assert not engine.offload and not memory.can_offload(engine, 40)  # a CPU's memory is main memory
+    engine.checkpoint_layers, engine.token_budget = 3, 40
+    assert not memory.tighten(engine, 40, 1000)
+    monkeypatch.setattr(memory, "can_offload", lambda engine, tokens: True)
+    assert not memory.tighten(engine, 40, 1000, recompute=False)  # without a backward nothing waits
+    assert memory.tighten(engine, 40, 1000) and engine.offload
+    assert not memory.tighten(engine, 40, 1000)
+    engine.offload = False
+    budget, _ = memory.limits(engine, groups, trainer._autocast, None, 40, recompute=True)
+    assert engine.offload and budget == int(39.5 * token.peak(3, 3) / token.offloaded().peak(3, 3)) > 40
+    leave(monkeypatch, trainer, 40.5 * token.peak(3, 3) + copies)
+    engine.offload = False
+    assert memory.limits(engine, groups, trainer._autocast, None, 40, recompute=True)[0] == 40 and not engine.offload
+
+
 def leave(monkeypatch, trainer, room: float) -> None:
     """Leave so many bytes for a pass."""
     from kto_core.engine import memory

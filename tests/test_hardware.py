@@ -298,6 +298,19 @@ def test_checkpointing_only_as_far_as_memory_needs():
     assert tiny.checkpoint_layers >= 31 and 900 <= tiny.token_budget < small.token_budget
 
 
+def test_inputs_of_layers_wait_in_main_memory_where_a_row_has_no_room(monkeypatch):
+    lengths = [32_768, 32_768, 500]
+    config = resolve(max_length=32_768)
+    monkeypatch.setattr(hardware, "memory_gib", lambda: (64.0, 10.0))
+    refused = hardware.plan(config, lengths, device=CARD)
+    assert refused.verdict == "does not fit" and not refused.offload
+    monkeypatch.setattr(hardware, "memory_gib", lambda: (64.0, 50.0))
+    found = hardware.plan(config, lengths, device=CARD)
+    assert found.verdict == "fits" and found.offload and 0 < found.checkpoint_layers <= 32
+    assert found.token_budget >= 32_768 and found.predicted_gib < refused.predicted_gib
+    assert not hardware.plan(resolve(), LENGTHS, device=CARD).offload
+
+
 def test_shared_prefixes_count_once():
     from kto_core.engine.sample import Sample
 
@@ -394,7 +407,7 @@ def test_logits_are_those_of_the_engines_chunk():
     shape = model_shape.find(c.model)
     tokens = passes.chunk_tokens(shape.vocabulary, "cuda")
     assert tokens * shape.vocabulary * 4 == passes.CHUNK_BYTES["cuda"]
-    counted = memory_plan._peak(c, shape, 9000, 0, k, True, store=1)["logits"]
+    counted = memory_plan._peak(memory_plan._token(c, shape, k, True), shape, 9000, 0, k, True, store=1)["logits"]
     assert counted == tokens * shape.vocabulary * k.packed_logits
 
 
@@ -411,7 +424,8 @@ def test_measured_packed_passes_are_foretold(preset, tokens, layers, measured):
     (`benchmarks/RESULTS.md`)."""
     c, k = resolve(preset), memory_plan.Coefficients()
     shape = model_shape.find(c.model)
-    parts = memory_plan._parts(c, shape, memory_plan._peak(c, shape, tokens, layers, k, True, store=0.06), k, True)
+    moving = memory_plan._peak(memory_plan._token(c, shape, k, True), shape, tokens, layers, k, True, store=0.06)
+    parts = memory_plan._parts(c, shape, moving, k, True)
     left_out = ("CUDA context", "optimizer", "fragmentation")
     found = sum(v for name, v in parts.items() if name not in left_out) - parts["adapters"] / 2
     assert found == pytest.approx(measured, rel=0.04)

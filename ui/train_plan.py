@@ -9,7 +9,7 @@ import html
 import json
 from collections import OrderedDict
 
-from kto_core import hardware, jobs, model_info, train_checks
+from kto_core import hardware, jobs, memory_plan, model_info, train_checks
 from kto_core.dry_run import planned_steps
 from kto_core.errors import DataError, KTOError
 from kto_core.events import thin
@@ -127,7 +127,7 @@ def _quick_view(c, look, remarks: str) -> str:
         "Tokens": f"{about}{sum(lengths):,}",
     }
     note = "Estimated from what is known of the data. A <b>dry run</b> counts it exactly." if not tokens else ""
-    note += _divided(plan.sharded, c.num_gpus)
+    note += _placed(plan.sharded, plan.offload, c.num_gpus)
     return _plan(facts, plan.verdict, plan.predicted_gib, plan.available_gib, plan.advice, note + remarks)
 
 
@@ -147,15 +147,16 @@ def _exact_view(result: dict, remarks: str) -> str:
     }
     cut = [f"{data['truncated']:,} prompts are cut."] if data.get("truncated") else []
     cut += [f"{data['too_long']:,} rows are too long and left out."] if data.get("too_long") else []
-    divided = _divided(memory["sharded"], result["config"]["num_gpus"])
-    note = "Checked: " + (" ".join(cut) or "every row fits.") + divided
+    placed = _placed(memory["sharded"], memory["offload"], result["config"]["num_gpus"])
+    note = "Checked: " + (" ".join(cut) or "every row fits.") + placed
     return _plan(
         facts, memory["verdict"], memory["predicted_gib"], memory["available_gib"], memory["advice"], note + remarks
     )
 
 
-def _divided(sharded: bool, gpus: int) -> str:
-    return f" The frozen weights are divided over {gpus} GPUs." if sharded else ""
+def _placed(sharded: bool, offload: bool, gpus: int) -> str:
+    divided = f" The frozen weights are divided over {gpus} GPUs." if sharded else ""
+    return divided + (f" {memory_plan.OFFLOADED}" if offload else "")
 
 
 def _plan(facts: dict, verdict: str, predicted: float, available: float, advice: str, note: str) -> str:

@@ -116,6 +116,8 @@ def _problem(data: dict) -> str:
 
 def describe(found: dict, origins: dict) -> str:
     """What a dry run found, as text: settings with their origins, data, steps, memory."""
+    from kto_core.memory_plan import OFFLOADED
+
     from . import data
 
     settings = found["config"]
@@ -130,6 +132,7 @@ def describe(found: dict, origins: dict) -> str:
     lines += [f"Steps   {found['steps']:,}", f"Memory  {memory['verdict']}: {need}"]
     if memory["sharded"]:
         lines.append(f"        The frozen weights are divided over {found['config']['num_gpus']} GPUs.")
+    lines += [f"        {OFFLOADED}"] if memory["offload"] else []
     lines += [f"        {memory['advice']}"] if memory["advice"] else []
     return "\n".join(lines)
 

@@ -9,7 +9,7 @@ import torch
 
 from ..hardware import allowed
 from . import attention, sharding, tree
-from .passes import RESERVE, SHARE, Token, cheapest, layers_for, working, y_tokens
+from .passes import RESERVE, SHARE, Token, cheapest, inputs_fit, layers_for, working, y_tokens
 from .sample import packed_tokens
 
 SCORING = (2048, 16384)  # most tokens of a pass without gradients: enough to keep a CPU, or a GPU, busy
@@ -43,7 +43,8 @@ def limits(
     ``checkpoint_layers`` given: only the budget is chosen; else ``engine.needed`` is set, by which each pass recomputes
     as few layers as its size needs. ``recompute``: layers may be recomputed before passes get
     smaller; default on a GPU (a CPU has memory, not speed, to spare). ``moments``: bytes that the optimizer keeps of a
-    parameter. Also sets ``engine.scoring_tokens``, the tokens of a pass without gradients.
+    parameter. Also sets ``engine.scoring_tokens``, the tokens of a pass without gradients, and ``engine.offload`` where
+    the longest row has no room otherwise.
     """
     total = len(engine.layers)
     token, copies = measure(engine, autocast)
@@ -58,6 +59,8 @@ def limits(
     def most(layers: int) -> int:
         return max(0, int(free / token.peak(total, layers)))
 
+    if most(total if checkpoint_layers is None else checkpoint_layers) < longest and can_offload(engine, longest):
+        engine.offload, token = True, token.offloaded()
     choices = list(range(total + 1)) if checkpoint_layers is None else [min(checkpoint_layers, total)]
     if recompute is None:
         recompute = engine.device.type != "cpu"
@@ -137,8 +140,19 @@ def available(device: torch.device) -> float:
     return allowed(device) - torch.cuda.memory_allocated(device)
 
 
+def can_offload(engine, tokens: int) -> bool:
+    """Whether main memory has room for the inputs of all layers of a pass of so many tokens; on a GPU only."""
+    if engine.device.type != "cuda":
+        return False
+    import psutil
+
+    entry = engine.causal.config.get_text_config().hidden_size * 4  # bytes, in float32 at most
+    return inputs_fit(tokens, len(engine.layers), entry, psutil.virtual_memory().available)
+
+
 def tighten(engine, longest: int, batch: int, recompute: bool = True) -> bool:
-    """After running out of memory: recompute more layers, then make passes smaller. False: nothing is left to give.
+    """After running out of memory: recompute more layers, make passes smaller, keep layers' inputs in main memory.
+    False: nothing is left to give.
 
     ``longest``: tokens of the longest row. ``batch``: of the batch that failed, at most. ``recompute``: there was a
     backward, which recomputed layers leave room for.
@@ -150,7 +164,10 @@ def tighten(engine, longest: int, batch: int, recompute: bool = True) -> bool:
         return True
     budget = min(engine.token_budget or batch, batch)  # a larger one would change nothing
     if budget <= longest:
-        return False
+        if not recompute or engine.offload or not can_offload(engine, longest):
+            return False
+        engine.offload = True
+        return True
     engine.token_budget = max(longest, budget // 2)
     engine.scoring_tokens = max(longest, (engine.scoring_tokens or budget) // 2)
     return True

@@ -33,6 +33,10 @@ class Token(NamedTuple):
     store: float
     busy: float
 
+    def offloaded(self) -> Token:
+        """The same where recomputed layers' inputs wait in main memory."""
+        return self._replace(entry=0.0)
+
     def kept(self, layers: int, recomputed: int) -> float:
         """For the backward, ``recomputed`` of the layers being computed again."""
         return (layers - recomputed) * self.layer + recomputed * self.entry + self.rest
@@ -45,6 +49,12 @@ class Token(NamedTuple):
     def peak(self, layers: int, recomputed: int) -> float:
         """At the worse of two moments: when the y' are scored on the kept keys and values, and in the backward."""
         return self.kept(layers, recomputed) + max(self.store, self.backward(layers, recomputed))
+
+
+def inputs_fit(tokens: int, layers: int, entry: float, free: float) -> bool:
+    """Whether the inputs of all layers of a pass may wait in ``free`` bytes of main memory. Half of it stays free, and
+    page-locked blocks have sizes of powers of two."""
+    return 2 * tokens * layers * entry <= free / 2
 
 
 def y_tokens(length: int) -> int:

@@ -67,7 +67,8 @@ class Engine:
         checkpoint_layers: decoder layers (from the first) that are computed again in the backward to save memory.
 
     Where ``needed`` is set (tokens of a pass -> layers it has to compute again), each pass with gradients sets
-    ``checkpoint_layers`` by it, to ``least_layers`` at least.
+    ``checkpoint_layers`` by it, to ``least_layers`` at least. ``offload``: the inputs of layers that are computed again
+    wait for their backward in main memory.
     """
 
     def __init__(self, model, token_budget: int | None = None, checkpoint_layers: int = 0):
@@ -80,6 +81,7 @@ class Engine:
         self.token_budget = self.scoring_tokens = token_budget
         self.divided = sharding.is_divided(self.decoder)
         self.layers = [m for m in self.decoder.modules() if isinstance(m, GradientCheckpointingLayer)]
+        self.offload = False
         self.checkpoint_layers = checkpoint_layers
         self.needed: Callable[[int], int] | None = None
         self.least_layers = 0
@@ -95,9 +97,15 @@ class Engine:
         self._checkpointed = min(count, len(self.layers))
         for i, layer in enumerate(self.layers):
             layer.gradient_checkpointing = i < self._checkpointed
-            layer._gradient_checkpointing_func = partial(
-                torch.utils.checkpoint.checkpoint, use_reentrant=False, preserve_rng_state=False
-            )  # there is no dropout to repeat
+            layer._gradient_checkpointing_func = self._again
+
+    def _again(self, layer: Callable, *inputs):
+        """Run a layer that is computed again in the backward."""
+        waiting = contextlib.nullcontext()
+        if self.offload:  # catches what the checkpoint saves, its inputs; inside, its own hooks come first
+            waiting = torch.autograd.graph.save_on_cpu(pin_memory=self.device.type == "cuda")
+        with waiting:  # there is no dropout to repeat
+            return torch.utils.checkpoint.checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
 
     @contextlib.contextmanager
     def using_tree(self):

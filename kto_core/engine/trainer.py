@@ -178,6 +178,9 @@ class PackedKTOTrainer(Evaluation, KTOTrainer):
                 )
             self.engine.token_budget = token_budget or budget
             self.engine.checkpoint_layers = layers
+            if self.engine.offload:
+                text = "The longest row (%s tokens) has room while the inputs of recomputed layers wait in main memory."
+                logger.warning(text, f"{row + 1:,}")
         else:
             self.engine.scoring_tokens = max(row, min(token_budget, memory.SCORING[self.engine.device.type == "cuda"]))
         if self.engine.token_budget is not None and row > self.engine.token_budget:
@@ -253,8 +256,9 @@ class PackedKTOTrainer(Evaluation, KTOTrainer):
         if self.engine.divided or not memory.tighten(self.engine, longest(rows), batch, recompute=backward):
             raise self.no_room(longest(rows) + 1)
         logger.warning(
-            "Out of GPU memory; going on with %d recomputed layers and %s tokens a pass.",
+            "Out of GPU memory; going on with %d recomputed layers%s and %s tokens a pass.",
             self.engine.checkpoint_layers,
+            ", their inputs in main memory," if self.engine.offload else "",
             self.engine.token_budget,
         )
         if backward:
