@@ -332,6 +332,13 @@ def test_inputs_of_layers_wait_elsewhere_where_the_longest_row_has_no_room(tmp_p
     assert memory.limits(engine, groups, trainer._autocast, None, 40, recompute=True)[0] == 40 and not engine.offload
 
 
+def test_main_memory_has_to_have_room_for_the_inputs():
+    from kto_core.engine.passes import inputs_fit
+
+    assert inputs_fit(1000, 32, 1024, 64 * 2**20) and not inputs_fit(1000, 32, 1024, 63 * 2**20)  # 32 blocks of 1 MiB
+    assert not inputs_fit(1025, 32, 1024, 64 * 2**20)  # of 2 MiB
+
+
 def leave(monkeypatch, trainer, room: float) -> None:
     """Leave so many bytes for a pass."""
     from kto_core.engine import memory

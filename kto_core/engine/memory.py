@@ -146,7 +146,8 @@ def can_offload(engine, tokens: int) -> bool:
         return False
     import psutil
 
-    entry = engine.causal.config.get_text_config().hidden_size * 4  # bytes, in float32 at most
+    weight = engine.causal.get_input_embeddings().weight  # the hidden states have its format
+    entry = weight.shape[1] * weight.element_size()
     return inputs_fit(tokens, len(engine.layers), entry, psutil.virtual_memory().available)
 
 

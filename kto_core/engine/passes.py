@@ -52,9 +52,9 @@ class Token(NamedTuple):
 
 
 def inputs_fit(tokens: int, layers: int, entry: float, free: float) -> bool:
-    """Whether the inputs of all layers of a pass may wait in ``free`` bytes of main memory. Half of it stays free, and
-    page-locked blocks have sizes of powers of two."""
-    return 2 * tokens * layers * entry <= free / 2
+    """Whether the inputs of all layers of a pass may wait in ``free`` bytes of main memory, half of which stays free."""
+    block = 2 ** math.ceil(math.log2(tokens * entry))  # torch rounds page-locked memory up to a power of two
+    return layers * block <= free / 2
 
 
 def y_tokens(length: int) -> int:
