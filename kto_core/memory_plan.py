@@ -175,7 +175,7 @@ def _batches(lengths: Sequence[int], packed: Sample | None, rows: int, most: int
 def _packed_layer(c, s: Shape, k: Coefficients, gpu: bool) -> float:
     """Bytes that the packed engine keeps of a token in one layer that is not computed again."""
     wide, _ = _number(c, gpu)
-    saved = k.packed.get(s.architecture, k.packed[""])
+    saved = (k.packed | k.packed_varlen if gpu else k.packed).get(s.architecture, k.packed[""])
     widths = saved.hidden[wide] * s.hidden + saved.kv[wide] * s.kv_width + saved.query[wide] * s.heads * s.head_dim
     widths += s.busy_experts * (saved.ffn[wide] * s.intermediate + saved.routed[wide] * s.hidden)
     return (widths + saved.other[wide]) * (k.packed_gpu if gpu else 1)

@@ -77,6 +77,12 @@ def test_sinks_have_a_gradient_like_eager_attention(tiny_oss):
         assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-7)
 
 
+def test_no_attention_plans_for_every_shape(tiny_oss):
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    load(tiny_oss)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_it_trains_and_merges(tiny_oss, tmp_path):
     from kto_core.export import merge
 
@@ -113,22 +119,30 @@ def test_the_packed_engine_trains_it_as_trl_does(tiny_oss, tmp_path):
         assert losses[engine] == pytest.approx(trl, rel=2e-3)
 
 
-def test_what_the_packed_engine_keeps_is_foretold(tiny_model, tmp_path):
-    """Experts in 4 bits, float32 activations, sizes that were not fitted."""
+@pytest.mark.parametrize("gpu", [False, True])
+def test_what_the_packed_engine_keeps_is_foretold(tiny_model, tmp_path, monkeypatch, gpu):
+    """Experts in 4 bits, float32 activations, sizes that were not fitted. ``gpu``: one call for all segments."""
     from contextlib import nullcontext
 
+    import test_engine_sinks
+
     from kto_core import memory_plan, model_shape
-    from kto_core.engine import memory
+    from kto_core.engine import attention, memory, sinks
     from kto_core.engine.step import Engine
     from kto_core.model import add_adapter
 
-    folder = make_oss(tmp_path / "oss", tiny_model, hidden_size=192, num_attention_heads=3, num_key_value_heads=1,
-                      head_dim=64, intermediate_size=320, num_experts_per_tok=3)  # fmt: skip
-    config = resolved(folder, "none", target_modules="all-linear", engine="packed").config
+    monkeypatch.setattr(attention, "_varlen_serves", lambda query, value: gpu)
+    monkeypatch.setattr(attention, "_varlen_function", lambda: (None, {"window_size", "enable_gqa"}))
+    monkeypatch.setattr(sinks, "serve", lambda *_: True)
+    monkeypatch.setattr(sinks, "_forward", test_engine_sinks.forward)
+    folder = make_oss(tmp_path / "oss", tiny_model, hidden_size=192, num_attention_heads=6, num_key_value_heads=2,
+                      head_dim=64, intermediate_size=448, num_experts_per_tok=3)  # fmt: skip
+    config = resolved(folder, "none", target_modules="all-linear", engine="packed", dtype="float32").config
     engine = Engine(add_adapter(load_base(config, for_training=True), config))
     measured, _ = memory.measure(engine, nullcontext)
-    counted = memory_plan._token(config, model_shape.find(str(folder)), memory_plan.Coefficients(), False)
-    assert counted.layer == pytest.approx(measured.layer, rel=0.05)
+    k = memory_plan.Coefficients()
+    counted = memory_plan._token(config, model_shape.find(str(folder)), k, gpu)
+    assert counted.layer / (k.packed_gpu if gpu else 1) == pytest.approx(measured.layer, rel=0.03)
     assert (counted.entry, counted.busy) == (measured.entry, measured.busy)
 
 

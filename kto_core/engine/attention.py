@@ -2,8 +2,8 @@
 
 `use_tree` switches a model to it for the length of a block; the pass itself travels through the model as the keyword
 ``kto_tree``, so a recompute under gradient checkpointing meets the same pass on any thread. On CUDA (compute capability
-8.0 and newer) all segments run in one variable-length FlashAttention call; elsewhere neighbouring segments share
-scaled-dot-product calls with a mask made from the tree.
+8.0 and newer) all segments run in one variable-length FlashAttention call, with sinks too (sinks.py); elsewhere
+neighbouring segments share scaled-dot-product calls with a mask made from the tree.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from ..gpt_oss import sink_attention
+from . import sinks as sink_kernel
 from .tree import Segments
 
 NAME = "kto_tree"
@@ -100,8 +101,9 @@ def tree_attention(
     if kto_tree.prefix is not None:
         key, value = (torch.cat([a, b], 2) for a, b in zip(kto_tree.prefix[layer], (key, value), strict=True))
     scaling = scaling if scaling is not None else query.shape[-1] ** -0.5
-    if not softcap and sinks is None and _varlen_serves(query, value):
-        return _varlen(kto_tree.plan("varlen", sliding_window), query, key, value, scaling, sliding_window), None
+    if not softcap and _varlen_serves(query, value) and (sinks is None or _sinks_serve(query, key)):
+        plan = kto_tree.plan("varlen", sliding_window)
+        return _varlen(plan, query, key, value, scaling, sliding_window, sinks), None
     return _masked(kto_tree.plan("masked", sliding_window), query, key, value, scaling, softcap, sinks), None
 
 
@@ -126,6 +128,12 @@ def _varlen_function():
     return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
 
 
+def _sinks_serve(query, key) -> bool:
+    _, known = _varlen_function()
+    heads, groups = query.shape[1], query.shape[1] if "enable_gqa" not in known else key.shape[1]
+    return "window_size" in known and sink_kernel.serve(query.device, query.dtype, query.shape[-1], heads, groups)
+
+
 def _varlen_plan(segments: Segments, device, window):
     q_lengths = [b - a for a, b in segments.queries.tolist()]
     k_lengths = [sum(b - a for a, b in ranges) for ranges in segments.keys]
@@ -139,7 +147,7 @@ def _varlen_plan(segments: Segments, device, window):
     return ends(q_lengths), ends(k_lengths), max(q_lengths), max(k_lengths), index
 
 
-def _varlen(plan, query, key, value, scaling, window):
+def _varlen(plan, query, key, value, scaling, window, sinks=None):
     cu_q, cu_k, max_q, max_k, index = plan
     query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))  # [T, H, D]
     if index is not None:
@@ -157,8 +165,10 @@ def _varlen(plan, query, key, value, scaling, window):
     elif key.shape[1] != query.shape[1]:
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    out = function(query.contiguous(), key.contiguous(), value.contiguous(), cu_q, cu_k, max_q, max_k, **kwargs)
-    return out[None]
+    given = query.contiguous(), key.contiguous(), value.contiguous(), cu_q, cu_k, max_q, max_k
+    if sinks is not None:
+        return sink_kernel.attend(*given, scaling, kwargs["window_size"], sinks)[None]
+    return function(*given, **kwargs)[None]
 
 
 class _Gather(torch.autograd.Function):

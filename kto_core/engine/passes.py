@@ -52,7 +52,7 @@ class Token(NamedTuple):
 
 
 def inputs_fit(tokens: int, layers: int, entry: float, free: float) -> bool:
-    """Whether the inputs of all layers of a pass may wait in ``free`` bytes of main memory, half of which stays free."""
+    """Whether the inputs of all layers of a pass may wait in main memory, of whose ``free`` bytes half stay free."""
     block = 2 ** math.ceil(math.log2(tokens * entry))  # torch rounds page-locked memory up to a power of two
     return layers * block <= free / 2
 
