@@ -73,6 +73,9 @@ def arguments(argv=None) -> argparse.Namespace:
     parser.add_argument(
         "--no-gradient-checkpointing", dest="checkpointing", action="store_const", const="off", help="the same as off"
     )
+    parser.add_argument(
+        "--no-cudnn-attention", action="store_true", help="torch prefers it on some cards; it plans for every shape"
+    )
     parser.add_argument("--warm-up", type=int, default=1, help="steps that are not timed")
     parser.add_argument("--repeat", type=int, default=1, help="runs of each engine, in turns; the median counts")
     parser.add_argument("--threads", type=int, help="CPU threads")
@@ -118,6 +121,8 @@ def worker(args: argparse.Namespace) -> dict:
     if args.threads:
         torch.set_num_threads(args.threads)
     gpu = torch.cuda.is_available()
+    if args.no_cudnn_attention:
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if gpu and args.cap_gib:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, args.cap_gib * 2**30 / total))

@@ -21,6 +21,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
 GIB = 2**30
+CHANGES = ("gradient_checkpointing", "per_device_train_batch_size", "gradient_accumulation_steps")  # of the preset
 
 
 def limit_to(gib: float) -> None:
@@ -51,6 +52,7 @@ def one(args, model: str, then_gib: float | None) -> dict:
     run_dir = Path(tempfile.mkdtemp(prefix="kto-oom-"))
     overrides = {"model": model, "data": args.data, "max_steps": args.steps, "save_steps": 10**6, "engine": args.engine}
     overrides |= {"output_dir": str(run_dir), "num_train_epochs": 100}
+    overrides |= {k: v for k in CHANGES if (v := getattr(args, k)) is not None}
     resolved = config.resolve(args.preset, overrides).config
     done = threading.Event()
     if then_gib:
@@ -73,6 +75,9 @@ def arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--model", default="demo", help="demo, a folder, or shape:NAME (random weights; see shapes.py)")
     parser.add_argument("--preset", default="demo")
     parser.add_argument("--engine", default="auto")
+    parser.add_argument("--gradient-checkpointing", choices=("auto", "true", "false"), help="default the preset's")
+    parser.add_argument("--batch-size", type=int, dest=CHANGES[1], help="rows of a micro-batch; default the preset's")
+    parser.add_argument("--accumulation", type=int, dest=CHANGES[2], help="micro-batches; default the preset's")
     parser.add_argument("--cap-gib", type=float, default=24.0)
     parser.add_argument("--then-gib", default="10.5,6", help="limits of torch's allocator, one run each")
     parser.add_argument("--after", type=int, default=2, help="steps before the limit falls")

@@ -113,7 +113,7 @@ def test_kernels_count_once_as_busy():
 
 
 def test_kernels_are_timed_and_a_missing_one_is_said(capsys, monkeypatch):
-    import kernels
+    import layer_kernels as kernels
 
     def missing():
         raise ImportError("No module named 'liger_kernel'")
@@ -127,7 +127,7 @@ def test_kernels_are_timed_and_a_missing_one_is_said(capsys, monkeypatch):
 
 
 def test_ours_and_plain_are_the_same_functions():
-    import kernels
+    import layer_kernels as kernels
 
     args = kernels.arguments(["--shape", "smollm2-135m", "--tokens", "8"])
     args.device, args.dtype = "cpu", torch.float32
@@ -449,6 +449,7 @@ def test_runs_that_are_left_alone_are_alike(tiny_model, tmp_path, monkeypatch, c
 
     monkeypatch.setenv(hardware.LIMIT, "24")  # `main` sets it for its process
     argv = ["--data", str(make_data(tmp_path / "data.jsonl", 16)), "--model", str(tiny_model), "--then-gib", "2"]
+    argv += ["--engine", "trl", "--gradient-checkpointing", "false", "--batch-size", "2", "--accumulation", "3"]
     assert out_of_memory.main([*argv, "--steps", "3", "--after", "1", "--json"]) == 0
     runs = json.loads(capsys.readouterr().out.splitlines()[-1])["runs"]
     assert [r["then_gib"] for r in runs] == [None, 2.0]

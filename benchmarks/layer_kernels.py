@@ -1,6 +1,6 @@
 """Small kernels of a decoder layer, forward and backward: ours, torch.compile's, and Liger's where it is installed.
 
-    python benchmarks/kernels.py --shape mistral-7b --tokens 5400
+    python benchmarks/layer_kernels.py --shape mistral-7b --tokens 5400
 
 ``ours`` is what the packed step runs (`kto_core.engine.lean`), ``plain`` transformers' formula, ``compiled`` the same
 through torch.compile, ``liger`` liger_kernel's function for it. Each is timed with inputs of the shape's size in bf16
