@@ -123,6 +123,21 @@ def test_the_plan_says_that_the_weights_are_divided(data, monkeypatch):
     assert said not in train_plan.view(form("7b", num_gpus=2, shard="false"), data)
 
 
+def test_the_plan_says_that_inputs_wait_in_main_memory(data, monkeypatch):
+    from kto_core.cli.train import describe
+    from kto_core.memory_plan import OFFLOADED, MemoryPlan
+
+    shape = ("fits", "", {"weights": 4.0}, 32, 32)
+    for offload in (True, False):
+        plan = MemoryPlan(20.0, 24.0, *shape, offload, 4096, False, "m", "A card")
+        monkeypatch.setattr("kto_core.hardware.plan", lambda *a, plan=plan, **k: plan)
+        monkeypatch.setattr("kto_core.train_checks.check_size", lambda *a, **k: None)
+        assert (OFFLOADED in train_plan.view(form("7b"), data)) is offload
+        monkeypatch.setattr("kto_core.cli.data.describe", lambda *a: "")
+        found = {"config": {"preset": "7b"}, "data": {}, "steps": 3, "memory": plan.to_dict()}
+        assert (OFFLOADED in describe(found, {})) is offload
+
+
 def test_problems_stand_in_the_plans_place_and_are_escaped(data):
     shown = train_plan.view(form(beta=-1.0, max_length=3, run_name=EVIL), data)
     assert 'role="alert"' in shown and shown.count("<li>") >= 2 and EVIL not in shown

@@ -18,9 +18,9 @@ GATHERED = 3  # divided layers' weights at once: the one that runs, the buffer i
 
 
 def working(hidden: int, intermediate: int, number: int) -> int:
-    """Bytes a token that come and go in one layer's backward, beside what the layer keeps: gradients of the FFN's and
-    attention's activations."""
-    return number * (3 * intermediate + 4 * hidden)
+    """Bytes a token that come and go in one layer's backward, beside what the layer keeps: the FFN's activations made
+    again, their gradients, and the one of its answer. When attention's turn comes, what the FFN kept is gone."""
+    return number * (3 * intermediate + hidden)
 
 
 class Token(NamedTuple):
