@@ -150,7 +150,20 @@ def where(run_dir: Path) -> dict:
     if not (run_dir / "events.jsonl").exists():
         return {"state": "before the run: making or looking at the model and the data"}
     state = events.fold(events.read(run_dir / "events.jsonl")[0])
-    return {"state": state.state, "steps": state.step, "log": [x["text"] for x in state.logs][-3:]}
+    found = {"state": state.state, "steps": state.step, "log": [x["text"] for x in state.logs][-3:]}
+    seen = [m["gpu_memory"] for m in state.metrics if m.get("gpu_memory")]
+    return found | speeds(state.metrics) | ({"reserved_gib": max(seen)} if seen else {})
+
+
+def longest(data: str, count: int, folder: str) -> str:
+    """A file of the ``count`` longest rows of ``data``, half of them of each label."""
+    from kto_core import dataset
+
+    rows = dataset.load(data).rows
+    lengths = dataset.lengths(rows)
+    by_length = sorted(range(len(rows)), key=lambda i: -lengths[i])
+    chosen = [i for label in (True, False) for i in [i for i in by_length if rows.labels[i] == label][: count // 2]]
+    return str(dataset.save(rows.take(sorted(chosen)), Path(folder) / "longest.jsonl", "trl"))
 
 
 def end(run_dir: Path, patience: float = 30.0) -> None:
@@ -171,6 +184,7 @@ def arguments(argv=None) -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", required=True)
+    parser.add_argument("--longest", type=int, help="only so many of its rows, the longest: few steps meet the peak")
     parser.add_argument("--presets", default="3b,7b,13b,20b")
     parser.add_argument("--lengths", default="own", help="values of max_length, comma-separated; own: the preset's")
     parser.add_argument("--engine", default="auto")
@@ -231,6 +245,14 @@ def main(argv=None) -> int:
     if args.preset:
         print("RESULT " + json.dumps(one(args)), flush=True)
         return 0
+    with tempfile.TemporaryDirectory(prefix="kto-bench-data-") as folder:
+        if args.longest:
+            args.data = longest(args.data, args.longest, folder)
+        return measure(args)
+
+
+def measure(args) -> int:
+    """Every preset at every length."""
     import shapes
 
     results = []

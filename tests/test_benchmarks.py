@@ -349,6 +349,29 @@ def test_each_preset_is_run_on_one_gpu_and_on_many(monkeypatch, capsys):
     assert asked == [("3b", None, None)]
 
 
+def test_the_longest_rows_of_both_labels_and_how_far_a_run_came(tmp_path):
+    from training import make_data
+
+    import presets
+    from kto_core import dataset, events
+
+    data = make_data(tmp_path / "rows.jsonl", 20)
+    whole, few = dataset.load(str(data)).rows, dataset.load(presets.longest(str(data), 6, str(tmp_path))).rows
+    assert sorted(few.labels) == [False] * 3 + [True] * 3
+    of_label = [sorted(n for n, y in zip(dataset.lengths(whole), whole.labels, strict=True) if y == x) for x in (0, 1)]
+    assert sorted(dataset.lengths(few)) == sorted(of_label[0][-3:] + of_label[1][-3:])
+
+    run = tmp_path / "run"
+    assert "before the run" in presets.where(run)["state"]
+    run.mkdir()
+    log = events.EventLog(run / "events.jsonl")
+    log.status("training")
+    for step, gib in ((1, 3.5), (2, 4.25), (3, 4.0)):
+        log.metric(step, loss=0.5, gpu_memory=gib, examples_per_second=float(step))
+    found = presets.where(run)
+    assert (found["state"], found["reserved_gib"], found["examples_per_second"]) == ("training", 4.25, 3.0)
+
+
 def test_a_preset_in_the_products_own_worker(tiny_model, tmp_path, monkeypatch):
     """What `--num-gpus 1` measures: the speed that the run's events tell, the first step left out."""
     from training import make_data
