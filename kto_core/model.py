@@ -266,7 +266,7 @@ def load_adapter(model, folder: str | Path, *, trainable: bool = False):
 
 
 def free_memory() -> None:
-    """Give memory back after a model was dropped: the GPU's cache, and what the C library keeps of the CPU's."""
+    """Give memory back after a model was dropped: the GPU's cache, and main memory that torch and the C library keep."""
     import ctypes
     import gc
     import sys
@@ -279,6 +279,7 @@ def free_memory() -> None:
         with contextlib.suppress(RuntimeError):  # a device in error has nothing to give
             clear_workspaces()  # cuBLAS keeps one for every thread and stream that has multiplied
             torch.cuda.empty_cache()
+            getattr(torch.accelerator, "empty_host_cache", lambda: None)()  # page-locked (torch 2.12 and newer)
 
 
 def _first_line(e: BaseException) -> str:

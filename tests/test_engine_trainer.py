@@ -308,9 +308,11 @@ def test_limits_follow_the_memory(tmp_path, tokenizer, monkeypatch):
     assert found == [(max(groups), 0), (max(groups), 1), (max(groups), 2), (50, 2)]
 
 
-def test_inputs_of_layers_wait_elsewhere_where_the_longest_row_has_no_room(tmp_path, tokenizer, monkeypatch):
+def test_inputs_of_layers_wait_elsewhere_where_the_longest_row_has_no_room(tmp_path, tokenizer, monkeypatch, caplog):
     """At the start, and as the last answer to running out of memory."""
     from kto_core.engine import memory
+    from kto_core.engine.batches import longest
+    from kto_core.memory_plan import OFFLOADED
 
     trainer = packed(tmp_path, tokenizer, dataset(16))
     engine, groups = trainer.engine, memory.sample_groups(trainer.planner)
@@ -327,6 +329,9 @@ def test_inputs_of_layers_wait_elsewhere_where_the_longest_row_has_no_room(tmp_p
     engine.offload = False
     budget, _ = memory.limits(engine, groups, trainer._autocast, None, 40, recompute=True)
     assert engine.offload and budget == int(39.5 * token.peak(3, 3) / token.offloaded().peak(3, 3)) > 40
+    leave(monkeypatch, trainer, (longest(trainer.rows) - 0.5) * token.peak(3, 3) + copies)
+    trainer._limits(None, None)
+    assert caplog.messages.count(OFFLOADED) == 1
     leave(monkeypatch, trainer, 40.5 * token.peak(3, 3) + copies)
     engine.offload = False
     assert memory.limits(engine, groups, trainer._autocast, None, 40, recompute=True)[0] == 40 and not engine.offload

@@ -349,3 +349,16 @@ def test_code_in_a_models_folder_is_never_run_nor_asked_for(tiny_model, tmp_path
     with contextlib.suppress(Exception):
         choose_engine(resolved(folder, "x.jsonl", engine="auto").config, EventLog(tmp_path / "events.jsonl"))
     assert not (tmp_path / "ran").exists() and not asked
+
+
+def test_page_locked_memory_is_given_back_too(monkeypatch):
+    import torch
+
+    from kto_core.model import free_memory
+
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: asked.append("GPU"))
+    monkeypatch.setattr(torch.accelerator, "empty_host_cache", lambda: asked.append("host"))
+    free_memory()
+    assert asked == ["GPU", "host"]

@@ -23,6 +23,7 @@ from trl.trainer.utils import disable_dropout_in_model
 from .. import out_of_memory
 from ..errors import DataError, HardwareError, ModelError
 from ..jobs import Progress, no_progress
+from ..memory_plan import OFFLOADED
 from ..model import keep_weights_trainable
 from . import memory, retry
 from .adapters import Reference, alike, check_adapter, trainable
@@ -178,9 +179,8 @@ class PackedKTOTrainer(Evaluation, KTOTrainer):
                 )
             self.engine.token_budget = token_budget or budget
             self.engine.checkpoint_layers = layers
-            if self.engine.offload:
-                text = "The longest row (%s tokens) has room while the inputs of recomputed layers wait in main memory."
-                logger.warning(text, f"{row + 1:,}")
+            if self.engine.offload and row <= self.engine.token_budget:
+                logger.warning(OFFLOADED)
         else:
             self.engine.scoring_tokens = max(row, min(token_budget, memory.SCORING[self.engine.device.type == "cuda"]))
         if self.engine.token_budget is not None and row > self.engine.token_budget:
