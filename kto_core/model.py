@@ -266,7 +266,7 @@ def load_adapter(model, folder: str | Path, *, trainable: bool = False):
 
 
 def free_memory() -> None:
-    """Give memory back after a model was dropped: the GPU's cache, and main memory that torch and the C library keep."""
+    """Give memory back after a model was dropped: the GPU's cache, and main memory that torch and C keep."""
     import ctypes
     import gc
     import sys
