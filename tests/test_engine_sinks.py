@@ -74,7 +74,7 @@ def test_values_and_gradients_are_exact(kernel, window):
     assert torch.allclose(found, torch.cat(expected))
 
 
-def test_a_trial_decides(kernel, monkeypatch):
+def test_a_trial_decides(kernel, monkeypatch, caplog):
     """It also runs inside of a recomputed layer, whose saved tensors it must not add to."""
     how = (CPU, torch.float64, 16, 4, 2)
     kept = []
@@ -92,6 +92,7 @@ def test_a_trial_decides(kernel, monkeypatch):
     monkeypatch.setattr(sinks, "_forward", lambda *a: (_ for _ in ()).throw(RuntimeError("no such kernel")))
     sinks.serve.cache_clear()
     assert not sinks.serve(*how)
+    assert [m.rpartition(": ")[2] for m in caplog.messages] == ["its results differ"] * 2 + ["no such kernel"]
 
 
 def test_without_a_card_the_operators_are_there_and_do_not_serve():

@@ -9,8 +9,11 @@ is worth; given ``l'`` and ``o'`` in their place it returns the exact gradients,
 from __future__ import annotations
 
 import functools
+import logging
 
 import torch
+
+logger = logging.getLogger(__name__)
 
 WINDOWS = ((-1, 0), (15, 0))  # of the trial
 
@@ -69,9 +72,13 @@ def serve(device: torch.device, dtype: torch.dtype, width: int, heads: int, kv_h
     own = torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda t: t)  # none of a recomputed layer's
     try:
         with torch.enable_grad(), torch.autocast(device.type, enabled=False), own:
-            return all(_agrees(device, dtype, width, heads, kv_heads, window) for window in WINDOWS)
-    except (RuntimeError, TypeError, ValueError, AttributeError, ImportError):
-        return False
+            if all(_agrees(device, dtype, width, heads, kv_heads, window) for window in WINDOWS):
+                return True
+            why = "its results differ"
+    except (RuntimeError, TypeError, ValueError, AttributeError, ImportError) as e:
+        why = str(e).partition("\n")[0][:200]
+    logger.warning("Attention with sinks takes many calls here, which is slow; the one for all does not serve: %s", why)
+    return False
 
 
 def _agrees(device, dtype, width: int, heads: int, kv_heads: int, window: tuple[int, int]) -> bool:
