@@ -335,6 +335,8 @@ def test_inputs_of_layers_wait_elsewhere_where_the_longest_row_has_no_room(tmp_p
     leave(monkeypatch, trainer, 40.5 * token.peak(3, 3) + copies)
     engine.offload = False
     assert memory.limits(engine, groups, trainer._autocast, None, 40, recompute=True)[0] == 40 and not engine.offload
+    memory.limits(engine, groups, trainer._autocast, 10**6, 40, recompute=True)  # every layer, however many there are
+    assert not engine.offload
 
 
 def test_main_memory_has_to_have_room_for_the_inputs():

@@ -59,9 +59,9 @@ def limits(
     def most(layers: int) -> int:
         return max(0, int(free / token.peak(total, layers)))
 
-    if most(total if checkpoint_layers is None else checkpoint_layers) < longest and can_offload(engine, longest):
-        engine.offload, token = True, token.offloaded()
     choices = list(range(total + 1)) if checkpoint_layers is None else [min(checkpoint_layers, total)]
+    if most(choices[-1]) < longest and can_offload(engine, longest):
+        engine.offload, token = True, token.offloaded()
     if recompute is None:
         recompute = engine.device.type != "cpu"
     if not recompute and checkpoint_layers is None:
