@@ -106,8 +106,8 @@ def one(args) -> dict:
         out["allocated_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 2)
         free, total = torch.cuda.mem_get_info()
         out["context_gib"] = round((total - free) / GIB - torch.cuda.memory_reserved() / GIB, 2)
-    elif seen := [m["gpu_memory"] for m in state.metrics if m.get("gpu_memory")]:
-        out["reserved_gib"] = max(seen)
+    else:
+        out |= taken(state.metrics)
     return out
 
 
@@ -133,6 +133,12 @@ def speeds(metrics: list[dict]) -> dict:
     return found
 
 
+def taken(metrics: list[dict]) -> dict:
+    """The most GPU memory that a run's events tell; nothing where they tell of none."""
+    seen = [m["gpu_memory"] for m in metrics if m.get("gpu_memory")]
+    return {"reserved_gib": max(seen)} if seen else {}
+
+
 def scaling(results: list[dict]) -> str:
     """What more GPUs brought, in one line: the last result against the first of the same preset and length."""
     one, many = results[0], results[-1]
@@ -151,8 +157,7 @@ def where(run_dir: Path) -> dict:
         return {"state": "before the run: making or looking at the model and the data"}
     state = events.fold(events.read(run_dir / "events.jsonl")[0])
     found = {"state": state.state, "steps": state.step, "log": [x["text"] for x in state.logs][-3:]}
-    seen = [m["gpu_memory"] for m in state.metrics if m.get("gpu_memory")]
-    return found | speeds(state.metrics) | ({"reserved_gib": max(seen)} if seen else {})
+    return found | speeds(state.metrics) | taken(state.metrics)
 
 
 def longest(data: str, count: int, folder: str) -> str:
@@ -160,10 +165,10 @@ def longest(data: str, count: int, folder: str) -> str:
     from kto_core import dataset
 
     rows = dataset.load(data).rows
-    lengths = dataset.lengths(rows)
-    by_length = sorted(range(len(rows)), key=lambda i: -lengths[i])
-    chosen = [i for label in (True, False) for i in [i for i in by_length if rows.labels[i] == label][: count // 2]]
-    return str(dataset.save(rows.take(sorted(chosen)), Path(folder) / "longest.jsonl", "trl"))
+    by_length = sorted(range(len(rows)), key=dataset.lengths(rows).__getitem__, reverse=True)
+    of_label = ([i for i in by_length if rows.labels[i] == label] for label in (True, False))
+    chosen = sorted(i for numbers in of_label for i in numbers[: count // 2])
+    return str(dataset.save(rows.take(chosen), Path(folder) / "longest.jsonl", "trl"))
 
 
 def end(run_dir: Path, patience: float = 30.0) -> None:

@@ -52,12 +52,11 @@ class Coefficients:
             "gemma3_text": Saved((26.1, 34.1), (4.0, 6.0), (8.0, 16.0)),
         }
     )
-    packed_varlen: Mapping[str, Saved] = (
-        field(  # on a card, where that differs: no keys and values for every query head
-            default_factory=lambda: {
-                "gpt_oss": Saved((8.0, 10.0), (2.0, 4.0), (12.0, 24.0), (179.0, 319.0), (4.03, 8.06), (2.0, 4.0))
-            }
-        )
+    # on a card, where it differs: keys and values are not repeated for every query head
+    packed_varlen: Mapping[str, Saved] = field(
+        default_factory=lambda: {
+            "gpt_oss": Saved((8.0, 10.0), (2.0, 4.0), (12.0, 24.0), (179.0, 319.0), (4.03, 8.06), (2.0, 4.0))
+        }
     )
     packed_gpu: float = 1.065  # on a card, of the same: blocks' rounding, attention's statistics; measured, 3B to 14B
     working: float = 1.25  # of one layer's saved bytes, while it is computed again and its gradients flow

@@ -30,6 +30,12 @@ PROMPTS = 0.5  # of a batch's tokens, prefixes that rows share counted once
 Y_TOKENS = 1.0625  # what a batch counts in a token budget, for each of its own tokens: half of it completions
 
 
+def remarks(sharded: bool, offload: bool, gpus: int) -> list[str]:
+    """Where a plan puts what one card has no room for, a sentence each."""
+    found = {f"The frozen weights are divided over {gpus} GPUs.": sharded, OFFLOADED: offload}
+    return [text for text, holds in found.items() if holds]
+
+
 @dataclass(frozen=True)
 class MemoryPlan:
     predicted_gib: float

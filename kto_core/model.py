@@ -279,7 +279,7 @@ def free_memory() -> None:
         with contextlib.suppress(RuntimeError):  # a device in error has nothing to give
             clear_workspaces()  # cuBLAS keeps one for every thread and stream that has multiplied
             torch.cuda.empty_cache()
-            getattr(torch.accelerator, "empty_host_cache", lambda: None)()  # page-locked (torch 2.12 and newer)
+            getattr(torch.accelerator, "empty_host_cache", lambda: None)()  # page-locked; not in every torch
 
 
 def _first_line(e: BaseException) -> str:

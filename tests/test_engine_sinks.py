@@ -100,8 +100,8 @@ def test_without_a_card_the_operators_are_there_and_do_not_serve():
     sinks.serve.cache_clear()
     ops = sinks._operators()
     names = [a.name for a in ops._varlen_attn.default._schema.arguments]
-    assert names[:10] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k", "is_causal", "scale",
-                          "window_size"]  # fmt: skip
+    assert names[:11] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k", "is_causal", "scale",
+                          "window_size", "enable_gqa"]  # fmt: skip
     names = [a.name for a in ops._varlen_attn_backward.default._schema.arguments]
     assert names == ["grad_out", "query", "key", "value", "out", "lse", "cu_seq_q", "cu_seq_k", "max_q", "max_k",
                      "is_causal", "rng_state", "scale", "window_size"]  # fmt: skip

@@ -126,8 +126,8 @@ def _quick_view(c, look, remarks: str) -> str:
         "Rows a step": f"{c.effective_batch_size:,}",
         "Tokens": f"{about}{sum(lengths):,}",
     }
-    note = "Estimated from what is known of the data. A <b>dry run</b> counts it exactly." if not tokens else ""
-    note += _placed(plan.sharded, plan.offload, c.num_gpus)
+    told = [] if tokens else ["Estimated from what is known of the data. A <b>dry run</b> counts it exactly."]
+    note = " ".join(told + memory_plan.remarks(plan.sharded, plan.offload, c.num_gpus))
     return _plan(facts, plan.verdict, plan.predicted_gib, plan.available_gib, plan.advice, note + remarks)
 
 
@@ -147,16 +147,11 @@ def _exact_view(result: dict, remarks: str) -> str:
     }
     cut = [f"{data['truncated']:,} prompts are cut."] if data.get("truncated") else []
     cut += [f"{data['too_long']:,} rows are too long and left out."] if data.get("too_long") else []
-    placed = _placed(memory["sharded"], memory["offload"], result["config"]["num_gpus"])
-    note = "Checked: " + (" ".join(cut) or "every row fits.") + placed
+    placed = memory_plan.remarks(memory["sharded"], memory["offload"], result["config"]["num_gpus"])
+    note = "Checked: " + " ".join((cut or ["every row fits."]) + placed)
     return _plan(
         facts, memory["verdict"], memory["predicted_gib"], memory["available_gib"], memory["advice"], note + remarks
     )
-
-
-def _placed(sharded: bool, offload: bool, gpus: int) -> str:
-    divided = f" The frozen weights are divided over {gpus} GPUs." if sharded else ""
-    return divided + (f" {memory_plan.OFFLOADED}" if offload else "")
 
 
 def _plan(facts: dict, verdict: str, predicted: float, available: float, advice: str, note: str) -> str:

@@ -116,7 +116,7 @@ def _problem(data: dict) -> str:
 
 def describe(found: dict, origins: dict) -> str:
     """What a dry run found, as text: settings with their origins, data, steps, memory."""
-    from kto_core.memory_plan import OFFLOADED
+    from kto_core.memory_plan import remarks
 
     from . import data
 
@@ -130,10 +130,8 @@ def describe(found: dict, origins: dict) -> str:
     lines += [f"  {k.ljust(width)}  {v}" + (f"  [{origins[k]}]" if k in origins else "") for k, v in settings.items()]
     lines += ["Data", "  " + data.describe(found["data"], settings.get("data") or "data").replace("\n", "\n  ")]
     lines += [f"Steps   {found['steps']:,}", f"Memory  {memory['verdict']}: {need}"]
-    if memory["sharded"]:
-        lines.append(f"        The frozen weights are divided over {found['config']['num_gpus']} GPUs.")
-    lines += [f"        {OFFLOADED}"] if memory["offload"] else []
-    lines += [f"        {memory['advice']}"] if memory["advice"] else []
+    said = remarks(memory["sharded"], memory["offload"], settings.get("num_gpus", 1))
+    lines += [f"        {text}" for text in [*said, memory["advice"]] if text]
     return "\n".join(lines)
 
 

@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from ..hardware import allowed
+from ..hardware import GIB, allowed, memory_gib
 from . import attention, sharding, tree
 from .passes import RESERVE, SHARE, Token, cheapest, inputs_fit, layers_for, working, y_tokens
 from .sample import packed_tokens
@@ -144,11 +144,9 @@ def can_offload(engine, tokens: int) -> bool:
     """Whether main memory has room for the inputs of all layers of a pass of so many tokens; on a GPU only."""
     if engine.device.type != "cuda":
         return False
-    import psutil
-
     weight = engine.causal.get_input_embeddings().weight  # the hidden states have its format
     entry = weight.shape[1] * weight.element_size()
-    return inputs_fit(tokens, len(engine.layers), entry, psutil.virtual_memory().available)
+    return inputs_fit(tokens, len(engine.layers), entry, memory_gib()[1] * GIB)
 
 
 def tighten(engine, longest: int, batch: int, recompute: bool = True) -> bool:

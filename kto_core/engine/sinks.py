@@ -27,15 +27,16 @@ def _operators():
 
 def _forward(q, k, v, cu_q, cu_k, max_q, max_k, scale, window):
     """(answers ``[T, H, D]``, log-sum-exps ``[H, T]`` float32, the kernel's random state)."""
-    op = _operators()._varlen_attn
-    grouped = any(a.name == "enable_gqa" for a in op.default._schema.arguments)  # torch 2.12 and newer
-    extra = (k.shape[1] != q.shape[1],) if grouped else ()
-    return op(q, k, v, cu_q, cu_k, max_q, max_k, window == (-1, 0), scale, list(window), *extra)
+    grouped = (True,) if k.shape[1] != q.shape[1] else ()  # torch 2.11 neither knows nor is given such heads
+    return _operators()._varlen_attn(
+        q, k, v, cu_q, cu_k, max_q, max_k, window == (-1, 0), scale, list(window), *grouped
+    )  # fmt: skip
 
 
 def _backward(grad, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, state, scale, window):
-    op = _operators()._varlen_attn_backward
-    return op(grad, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, window == (-1, 0), state, scale, list(window))
+    return _operators()._varlen_attn_backward(
+        grad, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, window == (-1, 0), state, scale, list(window)
+    )  # fmt: skip
 
 
 class _Attend(torch.autograd.Function):
