@@ -1,5 +1,6 @@
 """Shared by all tests: a runs folder of their own, no telemetry, and the demo model made once."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -43,3 +44,14 @@ def tiny_model(tmp_path_factory, demo_model) -> Path:
     from training import make_tiny
 
     return make_tiny(tmp_path_factory.mktemp("tiny"), demo_model)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """A browser test that fails says what its page showed: where it fails on another machine, that is all there is."""
+    report = yield
+    if report.when == "call" and report.failed and "page" in item.funcargs:
+        with contextlib.suppress(Exception):
+            shown = item.funcargs["page"].evaluate("document.body.innerText")
+            report.sections.append(("the page at the failure", shown[:6000]))
+    return report
