@@ -35,6 +35,7 @@ def arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--repeat", type=int, default=3, help="timed answers of each variant; the median counts")
     parser.add_argument("--variants", default=",".join(VARIANTS), help="comma-separated (default: %(default)s)")
     parser.add_argument("--cap-gib", type=float, help="GPU memory that the process may take")
+    parser.add_argument("--cudnn-attention", action="store_true", help="as torch has it; the product turns it off")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     args = parser.parse_args(argv)
     args.names = chosen(parser, args.variants.split(","), VARIANTS, "variant")
@@ -54,6 +55,7 @@ def load(args):
     folder = model_folder(args.model, args.load_in_4bit)
     found = config.resolve("demo", {"model": folder, "load_in_4bit": args.load_in_4bit, "data": "none"}).config
     base = model.load_base(found, for_training=False)
+    torch.backends.cuda.enable_cudnn_sdp(args.cudnn_attention)
     if args.adapter_r:
         from peft import LoraConfig, get_peft_model
 

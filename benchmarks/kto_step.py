@@ -74,7 +74,7 @@ def arguments(argv=None) -> argparse.Namespace:
         "--no-gradient-checkpointing", dest="checkpointing", action="store_const", const="off", help="the same as off"
     )
     parser.add_argument(
-        "--no-cudnn-attention", action="store_true", help="torch prefers it on some cards; it plans for every shape"
+        "--cudnn-attention", action="store_true", help="as torch has it; without, no engine uses it, as in the product"
     )
     parser.add_argument("--warm-up", type=int, default=1, help="steps that are not timed")
     parser.add_argument("--repeat", type=int, default=1, help="runs of each engine, in turns; the median counts")
@@ -121,8 +121,6 @@ def worker(args: argparse.Namespace) -> dict:
     if args.threads:
         torch.set_num_threads(args.threads)
     gpu = torch.cuda.is_available()
-    if args.no_cudnn_attention:
-        torch.backends.cuda.enable_cudnn_sdp(False)
     if gpu and args.cap_gib:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, args.cap_gib * 2**30 / total))
@@ -136,6 +134,7 @@ def worker(args: argparse.Namespace) -> dict:
 
     def run(reference_cache=None):
         model = load(args, folder)
+        torch.backends.cuda.enable_cudnn_sdp(args.cudnn_attention)
         work = Work(model, layer_operations(folder))
         with tempfile.TemporaryDirectory() as out:
             trainer = build(args, model, tokenizer, dataset, out, gpu, reference_cache)

@@ -24,17 +24,12 @@ EXPERT = ".experts.gate_up_projs.0.weight"
 
 
 def register() -> None:
-    """Make the attention function and its masks known to transformers; again does nothing.
-
-    cuDNN's attention, which torch prefers on the H100 and its like, is turned off: it plans for every shape that it has
-    not met, and its calls kept the processor for 17 of 28 seconds of two packed steps (`benchmarks/RESULTS.md`).
-    """
+    """Make the attention function and its masks known to transformers; again does nothing."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(ATTENTION, sink_attention)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 @contextlib.contextmanager

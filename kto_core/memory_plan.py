@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from . import hardware, model_shape
-from .engine import passes
+from .engine import MIXTURES, passes
 from .hardware import GIB, Device
 from .memory_coefficients import Coefficients
 from .model_shape import Shape
@@ -270,8 +270,9 @@ def _largest(s: Shape) -> int:
 
 
 def _engine(c: RunConfig, s: Shape) -> str:
-    """auto takes the packed engine for dense decoders, TRL's trainer for mixtures of experts."""
-    return c.engine if c.engine != "auto" else "trl" if s.experts else "packed"
+    """auto takes the packed engine where it serves the model: dense decoders and the mixtures of experts it knows."""
+    served = not s.experts or s.architecture in MIXTURES
+    return c.engine if c.engine != "auto" else "packed" if served else "trl"
 
 
 def _sharded(c: RunConfig, s: Shape) -> bool:

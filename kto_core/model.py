@@ -101,13 +101,13 @@ def load_base(
     import torch
 
     from . import gpt_oss
-    from .hardware import GIB, keep_to_limit
+    from .hardware import GIB, prepare
 
     transformers_ready()
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils import logging as transformers_logging
 
-    keep_to_limit()
+    prepare()
 
     folder = local_folder(config.model, progress, cancel)
     dtype = training_dtype(config)

@@ -28,16 +28,10 @@ def choose_engine(config: RunConfig, events: EventLog) -> str:
     from .model_info import local_folder
 
     try:
-        from .engine import MIXTURES, available
+        from .engine import available
 
         hf_config = AutoConfig.from_pretrained(local_folder(config.model), trust_remote_code=False)
         ok, reason = available(hf_config, config.max_length)
-        if ok and config.engine == "auto" and hf_config.model_type in MIXTURES:
-            ok = False
-            reason = (
-                f"{hf_config.model_type} is a mixture of experts, with which its first run is no faster and takes more "
-                "memory. Choose engine `packed` for a KL over the whole batch."
-            )
     except ImportError as e:
         ok, reason = False, f"it cannot be loaded ({e})."
     if ok:

@@ -56,12 +56,12 @@ def load_unsloth(config: RunConfig):
         raise ModelError("Unsloth trains in a process of its own: choose worker `process`.")
     from unsloth import FastLanguageModel
 
-    from .hardware import keep_to_limit
+    from .hardware import prepare
     from .model import training_dtype
     from .model_info import local_folder
     from .out_of_memory import at_loading, is_out_of_memory
 
-    keep_to_limit()
+    prepare()
     try:
         model, _ = FastLanguageModel.from_pretrained(
             model_name=str(local_folder(config.model)),

@@ -77,12 +77,6 @@ def test_sinks_have_a_gradient_like_eager_attention(tiny_oss):
         assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-7)
 
 
-def test_no_attention_plans_for_every_shape(tiny_oss):
-    torch.backends.cuda.enable_cudnn_sdp(True)
-    load(tiny_oss)
-    assert not torch.backends.cuda.cudnn_sdp_enabled()
-
-
 def test_it_trains_and_merges(tiny_oss, tmp_path):
     from kto_core.export import merge
 
@@ -93,7 +87,7 @@ def test_it_trains_and_merges(tiny_oss, tmp_path):
     run.start(made, block=True)
     state = made.state()
     assert state.state == "finished", state.error
-    assert any("mixture of experts" in entry["text"] for entry in state.logs)
+    assert any(entry["text"] == "Engine: packed." for entry in state.logs)
     merged = Path(merge(made))
     names = gpt_oss.tensor_names(merged)
     assert "model.layers.1.mlp.experts.gate_up_proj" in names and not any("projs.0" in n for n in names)
@@ -151,7 +145,7 @@ def test_the_plan_fits_the_preset_either_way():
     from kto_core.hardware import Device
 
     card = Device(0, "RTX 3090", 24.0, 23.3, 0.0, (8, 6))
-    for engine in ("trl", "packed"):
+    for engine in ("auto", "trl", "packed"):
         c = resolved("unsloth/gpt-oss-20b-unsloth-bnb-4bit", "none", preset="20b", engine=engine).config
         plan = hardware.plan(c, [370] * 2000 + [1828], device=card)
         assert plan.verdict == "fits" and plan.predicted_gib > 13, (engine, plan)

@@ -112,6 +112,26 @@ def test_the_process_keeps_to_the_limit(monkeypatch):
         hardware.keep_to_limit()
 
 
+@pytest.mark.parametrize("load", ["load_base", "load_unsloth"])
+def test_no_model_attends_through_cudnn(load, tiny_model, monkeypatch):
+    """It plans for every shape, and training and chat have many (`benchmarks/RESULTS.md`)."""
+    import sys
+
+    import torch
+
+    from kto_core import model, unsloth_model
+
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    c = config.resolve("demo", {"model": str(tiny_model), "data": "none"}).config
+    if load == "load_base":
+        model.load_base(c, for_training=False)
+    else:
+        fake = SimpleNamespace(from_pretrained=lambda **_: (None, None), get_peft_model=lambda *_, **__: None)
+        monkeypatch.setitem(sys.modules, "unsloth", SimpleNamespace(FastLanguageModel=fake))
+        unsloth_model.load_unsloth(c)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_what_is_available_is_within_the_limit(monkeypatch):
     """A card of 80 GiB held to 24: what the allocator may still take, never what the card has free."""
     import torch
@@ -130,6 +150,15 @@ def test_what_is_available_is_within_the_limit(monkeypatch):
     hardware.keep_to_limit()
     left = memory.available(torch.device("cuda", 0)) / GIB
     assert left + 5 + hardware.CONTEXT_GIB == pytest.approx(24)
+
+
+def test_a_cpu_gives_half_of_what_its_container_has_left(monkeypatch):
+    import torch
+
+    from kto_core.engine import memory
+
+    monkeypatch.setattr(memory, "memory_gib", lambda: (8.0, 6.0))
+    assert memory.available(torch.device("cpu")) == 3 * GIB
 
 
 def test_no_driver_is_no_gpu(monkeypatch):
@@ -392,6 +421,19 @@ def test_a_process_of_several_gpus_plans_for_its_own(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     plan = hardware.plan(c, LENGTHS)
     assert (plan.device, plan.available_gib, plan.verdict) == (CARD.name, CARD.available_gib, "fits")
+
+
+def test_auto_plans_with_the_engine_that_trains(tmp_path):
+    """The packed engine serves gpt-oss, and no other mixture of experts."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 16}
+    mixtral = {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2, "vocab_size": 32000, **sizes}
+    (tmp_path / "config.json").write_text(json.dumps(mixtral))
+    for model, engine in (("gpt-oss-20b", "packed"), (str(tmp_path), "trl")):
+        plans = {
+            e: hardware.plan(resolve("20b", model=model, engine=e), LENGTHS, device=CARD)
+            for e in ("auto", "packed", "trl")
+        }
+        assert plans["auto"].parts == plans[engine].parts and plans["packed"].parts != plans["trl"].parts
 
 
 def test_an_expert_is_taken_out_of_its_4_bits_alone():

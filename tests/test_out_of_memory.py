@@ -74,8 +74,9 @@ def test_the_error_has_the_numbers(monkeypatch):
 @pytest.mark.parametrize(
     ("preset", "overrides", "words"),
     [
-        ("20b", {}, "Set batch size to 2 and accumulation to 16, the same step"),
-        ("20b", {"per_device_train_batch_size": 2, "r": 8}, "Set max_length to 1024"),
+        ("20b", {"engine": "trl"}, "Set batch size to 2 and accumulation to 16, the same step"),
+        ("20b", {"engine": "trl", "per_device_train_batch_size": 2, "r": 8}, "Set max_length to 1024"),
+        ("20b", {}, "Set r to 64 and lora_alpha to 128"),
         ("7b", {"load_in_4bit": False, "model": "m/llama-2-7b"}, "Set load_in_4bit to true"),
         ("7b", {"engine": "trl", "gradient_checkpointing": False}, "Set gradient_checkpointing to auto"),
     ],

@@ -134,9 +134,7 @@ def _kept(engine, autocast, tokens: int) -> tuple[int, int, int]:
 def available(device: torch.device) -> float:
     """Bytes that may still be taken: on a GPU what is free or cached, within the process's cap; on a CPU half of it."""
     if device.type != "cuda":
-        import psutil
-
-        return psutil.virtual_memory().available / 2
+        return memory_gib()[1] * GIB / 2
     return allowed(device) - torch.cuda.memory_allocated(device)
 
 
