@@ -142,8 +142,9 @@ def _fit_packed(c, s: Shape, lengths, packed: Sample | None, available: float, k
     fixed = ("weights", "gathered layers", "adapters", "CUDA context" if gpu else "program")
     taken = sum(base[n] for n in fixed if n in base)
     state = base["optimizer"] + base["adapters"] / 2  # the other half, the weights, is there already
-    free = (available - (taken - base["adapters"] / 2)) * (1 if gpu else 0.5) * passes.SHARE - state
-    free = free * GIB - passes.RESERVE["cuda" if gpu else "cpu"]
+    room = (available - (taken - base["adapters"] / 2)) * (1 if gpu else 0.5) * GIB
+    fixed = state * GIB + passes.RESERVE["cuda" if gpu else "cpu"]
+    free = room * passes.SHARE - fixed
 
     token = _token(c, s, k, gpu)
     offloads = gpu and passes.inputs_fit(longest, s.layers, token.entry, hardware.memory_gib()[1] * GIB)
@@ -158,6 +159,9 @@ def _fit_packed(c, s: Shape, lengths, packed: Sample | None, available: float, k
         choices = [0] if most(0) >= longest else [0, s.layers]
     if offload := offloads and most(max(choices)) < longest:
         token = token.offloaded()
+    if most(max(choices)) < longest:
+        copies = 0 if _number(c, gpu)[0] else 2 * s.lora_parameters(c.target_modules, c.r)  # the adapter's, in 16 bits
+        free = room * passes.LAST_SHARE - fixed - copies
     groups = [int(n * Y_TOKENS) for n in sums]
     budget, layers = passes.cheapest(groups, longest, s.layers, choices, most)
     single = max(groups) <= budget

@@ -317,6 +317,7 @@ def test_inputs_of_layers_wait_elsewhere_where_the_longest_row_has_no_room(tmp_p
     trainer = packed(tmp_path, tokenizer, dataset(16))
     engine, groups = trainer.engine, memory.sample_groups(trainer.planner)
     token, copies = memory.measure(engine, trainer._autocast)
+    monkeypatch.setattr(memory, "LAST_SHARE", memory.SHARE)
     leave(monkeypatch, trainer, 39.5 * token.peak(3, 3) + copies)
     assert memory.limits(engine, groups, trainer._autocast, None, 40, recompute=True)[0] == 39
     assert not engine.offload and not memory.can_offload(engine, 40)  # a CPU's memory is main memory
@@ -337,6 +338,35 @@ def test_inputs_of_layers_wait_elsewhere_where_the_longest_row_has_no_room(tmp_p
     assert memory.limits(engine, groups, trainer._autocast, None, 40, recompute=True)[0] == 40 and not engine.offload
     memory.limits(engine, groups, trainer._autocast, 10**6, 40, recompute=True)  # every layer, however many there are
     assert not engine.offload
+
+
+def test_the_longest_row_may_have_more_of_the_memory(tmp_path, tokenizer, monkeypatch):
+    """Where it has no room otherwise; then an 8-bit optimizer counts as what it is, too."""
+    from transformers.training_args import OptimizerNames
+
+    from kto_core.engine import memory
+
+    trainer = packed(tmp_path, tokenizer, dataset(16))
+    engine, groups = trainer.engine, memory.sample_groups(trainer.planner)
+    token, copies = memory.measure(engine, trainer._autocast)
+    adapter = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    fixed, peak = copies + 12 * adapter, token.peak(3, 3)
+    room = (39.5 * peak + fixed) / memory.SHARE
+    monkeypatch.setattr(memory, "RESERVE", {})
+    monkeypatch.setattr(memory, "available", lambda device: room)
+
+    def budget(longest, moments):
+        return memory.limits(engine, groups, trainer._autocast, None, longest, recompute=True, moments=moments)[0]
+
+    assert budget(39, 8) == budget(39, 2.1) == 39
+    assert budget(40, 8) == int((room * memory.LAST_SHARE - fixed) / peak) >= 40
+    assert budget(40, 2.1) == int((room * memory.LAST_SHARE - fixed + 5.9 * adapter) / peak) > budget(40, 8)
+    counted = []
+    monkeypatch.setattr(memory, "limits", lambda *args, moments: counted.append(moments) or (10**6, 0))
+    for name in (OptimizerNames.ADAMW_8BIT, OptimizerNames.ADAMW_TORCH):
+        trainer.args.optim = name
+        trainer._limits(None, None)
+    assert counted == [2.1, 8]
 
 
 def test_main_memory_has_to_have_room_for_the_inputs():

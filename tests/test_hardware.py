@@ -328,16 +328,30 @@ def test_checkpointing_only_as_far_as_memory_needs():
 
 
 def test_inputs_of_layers_wait_in_main_memory_where_a_row_has_no_room(monkeypatch):
-    lengths = [32_768, 32_768, 500]
-    config = resolve(max_length=32_768)
+    lengths = [40_960, 40_960, 500]
+    config = resolve().model_copy(update={"max_length": 40_960})
     monkeypatch.setattr(hardware, "memory_gib", lambda: (64.0, 10.0))
     refused = hardware.plan(config, lengths, device=CARD)
     assert refused.verdict == "does not fit" and not refused.offload
     monkeypatch.setattr(hardware, "memory_gib", lambda: (64.0, 50.0))
     found = hardware.plan(config, lengths, device=CARD)
     assert found.verdict == "fits" and found.offload and 0 < found.checkpoint_layers <= 32
-    assert found.token_budget >= 32_768 and found.predicted_gib < refused.predicted_gib
+    assert found.token_budget >= 40_960 and found.predicted_gib < refused.predicted_gib
     assert not hardware.plan(resolve(), LENGTHS, device=CARD).offload
+
+
+def test_the_longest_row_may_have_more_of_the_memory(monkeypatch):
+    """What the packed engine does where a row has no room otherwise; the plan calls it tight."""
+    from kto_core.engine import passes
+
+    monkeypatch.setattr(hardware, "memory_gib", lambda: (128.0, 120.0))
+    longest = 37_500
+    c = resolve("13b").model_copy(update={"max_length": longest})
+    found = hardware.plan(c, [longest, 500], device=CARD)
+    assert found.verdict == "tight" and found.offload and found.token_budget >= longest
+    assert found.predicted_gib <= CARD.available_gib
+    monkeypatch.setattr(passes, "LAST_SHARE", passes.SHARE)
+    assert hardware.plan(c, [longest, 500], device=CARD).verdict == "does not fit"
 
 
 def test_shared_prefixes_count_once():

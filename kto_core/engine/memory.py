@@ -9,7 +9,7 @@ import torch
 
 from ..hardware import GIB, allowed, memory_gib
 from . import attention, sharding, tree
-from .passes import RESERVE, SHARE, Token, cheapest, inputs_fit, layers_for, working, y_tokens
+from .passes import LAST_SHARE, RESERVE, SHARE, Token, cheapest, inputs_fit, layers_for, working, y_tokens
 from .sample import packed_tokens
 
 SCORING = (2048, 16384)  # most tokens of a pass without gradients: enough to keep a CPU, or a GPU, busy
@@ -43,15 +43,17 @@ def limits(
     ``checkpoint_layers`` given: only the budget is chosen; else ``engine.needed`` is set, by which each pass recomputes
     as few layers as its size needs. ``recompute``: layers may be recomputed before passes get
     smaller; default on a GPU (a CPU has memory, not speed, to spare). ``moments``: bytes that the optimizer keeps of a
-    parameter. Also sets ``engine.scoring_tokens``, the tokens of a pass without gradients, and ``engine.offload`` where
-    the longest row has no room otherwise.
+    parameter, which count, like `passes.LAST_SHARE`, only where the longest row has no room otherwise; with 8, AdamW's
+    in 32 bits, the presets were measured. Also sets ``engine.scoring_tokens``, the tokens of a pass without gradients,
+    and ``engine.offload`` where the longest row has no room otherwise.
     """
     total = len(engine.layers)
     token, copies = measure(engine, autocast)
-    free = available(engine.device) * SHARE - RESERVE.get(engine.device.type, 0)
+    room = available(engine.device)
     adapter = sum(p.numel() for p in engine.model.parameters() if p.requires_grad)
-    free -= copies + (4 + moments) * adapter  # gradient and Adam's moments
-    free -= sharding.gathered_bytes(engine.layers)
+    fixed = copies + (4 + 8) * adapter  # gradient and Adam's moments
+    fixed += RESERVE.get(engine.device.type, 0) + sharding.gathered_bytes(engine.layers)
+    free = room * SHARE - fixed
     engine.scoring_tokens = max(
         longest, min(SCORING[engine.device.type == "cuda"], int(free / (2 * token.busy + token.rest + token.store)))
     )
@@ -62,6 +64,8 @@ def limits(
     choices = list(range(total + 1)) if checkpoint_layers is None else [min(checkpoint_layers, total)]
     if most(choices[-1]) < longest and can_offload(engine, longest):
         engine.offload, token = True, token.offloaded()
+    if most(choices[-1]) < longest:
+        free = room * LAST_SHARE - fixed + (8 - moments) * adapter
     if recompute is None:
         recompute = engine.device.type != "cpu"
     if not recompute and checkpoint_layers is None:

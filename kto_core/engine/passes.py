@@ -12,6 +12,7 @@ from typing import NamedTuple
 Y_PASS = 0.3  # of a batch's forward: the y' on kept keys and values
 PASS = 2048  # tokens whose forward takes as long as what every pass costs: weights taken out of 4 bits, kernel launches
 SHARE = 0.9  # of the free memory that is planned with; the rest is fragmentation and what was not counted
+LAST_SHARE = 0.97  # the same where the longest row has no room otherwise: its pass is of few and large pieces
 CHUNK_BYTES = {"cuda": 2**28, "cpu": 2**26}  # float32 logits held at once
 RESERVE = {"cuda": 3 * 2**28, "cpu": 2**28}  # logits' chunks, gradients of the head's input, kernels' workspaces
 GATHERED = 3  # divided layers' weights at once: the one that runs, the buffer it came in, and the next one's

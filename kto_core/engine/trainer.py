@@ -172,7 +172,7 @@ class PackedKTOTrainer(Evaluation, KTOTrainer):
         row = longest(self.rows)
         if token_budget is None or checkpoint_layers is None:
             sample = memory.sample_groups(self.planner, self.accelerator.process_index, self.accelerator.num_processes)
-            moments = 2.1 if "8bit" in str(self.args.optim) else 8
+            moments = 2.1 if "8bit" in self.args.optim.value else 8
             with served():
                 budget, layers = memory.limits(
                     self.engine, sample, self._autocast, checkpoint_layers, row, moments=moments
