@@ -89,6 +89,18 @@ def begin(page, steps: int = STEPS) -> str:
     return new
 
 
+def events_for(page, place: str, kind: str) -> list[int]:
+    """The events of a kind ("change", "load") whose answers go to the component with this id."""
+    return page.evaluate(
+        """([place, kind]) => {
+            const { components, dependencies } = window.gradio_config
+            const id = components.find(c => c.props.elem_id === place).id
+            return dependencies.filter(d => d.outputs.includes(id) && d.targets[0][1] === kind).map(d => d.id)
+        }""",
+        [place, kind],
+    )
+
+
 def in_state(page, *states: str, step: int = 0) -> int:
     """Wait until the shown run is in one of the states and that far; its step."""
     page.wait_for_function(
@@ -191,24 +203,23 @@ def test_a_run_deleted_elsewhere_does_not_take_the_buttons_along(page):
     for other in (first, second):  # the picker shows the one that is picked
         browser.choose(page, "#train-run", other)
         page.locator(".run-id", has_text=other).wait_for()
-    ticks = page.evaluate("""() => {
-        const { components, dependencies } = window.gradio_config
-        const picker = components.find(c => c.props.elem_id === 'train-run').id
-        return dependencies.filter(d => d.outputs.includes(picker) && d.targets[0][1] === 'change').map(d => d.id)
-    }""")
-    held = browser.hold(page, "**/run/predict*", lambda r: r.post_data_json["fn_index"] in ticks)
+    (picker,), (buttons,) = (events_for(page, place, "change") for place in ("train-run", "train-resume"))
+    held = browser.hold(page, "**/run/predict*", lambda r: r.post_data_json["fn_index"] in (picker, buttons))
     run.find(second).delete()
     page.locator(".run-id", has_text=first).wait_for()
-    browser.until(lambda: page.wait_for_timeout(50) or held)  # the picker still has the one that is gone
+    # the picker still has the one that is gone, and what can be done is still what could be done with that one
+    browser.until(
+        lambda: page.wait_for_timeout(50) or {r.request.post_data_json["fn_index"] for r in held} == {picker, buttons}
+    )
     browser.choose(page, "#train-run", second)
     page.locator(".toast-body.error", has_text=second).wait_for()
     assert page.locator(".run-id", has_text=first).is_visible()
     page.locator("#train-resume").click()
     in_state(page, "training", step=6)
+    page.unroute("**/run/predict*")
     page.locator("#train-stop").click()
     in_state(page, "stopped")
     assert run.find(first).state().step >= 6
-    page.unroute("**/run/predict*")
 
 
 def begin_and_stop(page) -> str:

@@ -90,15 +90,16 @@ def build(ctx: Context) -> Shown:
             download = gr.DownloadButton("Download events", size="sm", visible=False, scale=0, min_width=150,
                                          elem_id="train-events")  # fmt: skip
         logs = gr.HTML(views.logs(views.RunState()), show_label=False, elem_id="train-logs")
-    # The runs that the buttons and the open question are about. Kept in the page and changed with them: a click is
-    # about the run that its user saw, whatever the picker, the chosen run or another page hold by then.
+    # The runs that the buttons and the open question are about. Kept in the page: a click is about the run that its
+    # user saw, whatever the picker, the chosen run or another page hold by then. The buttons' one changes with the
+    # head, which says whose buttons these are: between the answers for two parts a run may be gone.
     of_buttons, of_question = gr.Textbox(visible=False), gr.Textbox(visible=False)
     # a confirmation that is open stays open until another run is shown: it has a part of its own
     shown = Shown([
         _part([picker], _listing, _picker),
-        _part([stop, resume, chat, export, delete, download, grid, log, of_buttons], _what_can_be_done, _controls),
+        _part([stop, resume, chat, export, delete, download, grid, log], _what_can_be_done, _controls),
         _part([confirm, of_question], _identity, lambda run: [gr.update(visible=False), ""]),
-        _part([head, tiles], _newest, _numbers),
+        _part([of_buttons, head, tiles], _newest, _numbers),
         _part(plots, _points_known, _curves),
         _part([logs], _lines_known, _lines),
     ])  # fmt: skip
@@ -174,7 +175,7 @@ def _what_can_be_done(run) -> tuple:
 
 def _controls(run) -> list:
     if run is None:
-        return [*[gr.update(visible=False)] * 8, ""]
+        return [gr.update(visible=False)] * 8
     _, state, adapter, checkpoints, metrics, there = _what_can_be_done(run)
     running, usable = state in RUNNING, adapter or checkpoints
     return [
@@ -186,7 +187,6 @@ def _controls(run) -> list:
         gr.update(visible=there, value=str(run.path / "events.jsonl")),
         gr.update(visible=metrics),
         gr.update(visible=True),
-        run.id,
     ]
 
 
@@ -196,7 +196,7 @@ def _newest(run) -> tuple:
 
 
 def _numbers(run) -> list:
-    return [views.head(run.id, run.state()), views.tiles(run.state())] if run else [views.no_runs(), ""]
+    return [run.id, views.head(run.id, run.state()), views.tiles(run.state())] if run else ["", views.no_runs(), ""]
 
 
 def _points_known(run) -> tuple:
