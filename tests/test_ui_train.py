@@ -197,6 +197,66 @@ def test_answers_that_overtake_each_other_leave_the_form_as_the_page_shows_it(pa
     page.locator("#train-changed").get_by_text("All settings are those of preset demo").wait_for()
 
 
+def test_the_form_takes_no_input_before_it_shows_what_was_kept(page):
+    fill(page, max_steps=STEPS)
+    page.locator("#train-changed").get_by_text(f"{STEPS}").wait_for()
+    before = len(run.list_runs())
+    (opened,) = events_for(page, "set-max_steps", "load")
+    held = browser.hold(page, "**/run/predict*", lambda r: r.post_data_json["fn_index"] == opened)
+    browser.reload(page)
+    browser.tab(page, "Train")
+    browser.until(lambda: page.wait_for_timeout(50) or held)
+    steps, start = page.locator("#set-max_steps input"), page.locator("#train-start")
+    page.locator("#train-changed .changed").wait_for(state="attached")  # the tick's words on the form do not open it
+    empty = steps.input_value()
+    assert empty != str(STEPS)
+    for _ in range(20):
+        page.keyboard.press("Tab")
+        assert not page.evaluate("!!document.activeElement.closest('#train-form')")
+    for place in (steps, start):
+        box = place.bounding_box()
+        page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+        page.keyboard.type("7")
+    assert steps.input_value() == empty
+    held[0].continue_()
+    value_of(page, "max_steps", STEPS)
+    page.unroute("**/run/predict*")
+    fill(page, max_steps=7)
+    page.locator("#train-changed").get_by_text("Steps at most 7").wait_for()
+    assert start.inner_text() == "Start training"
+    assert len(run.list_runs()) == before
+
+
+@pytest.mark.parametrize("failure", ["nothing is told", "the request fails"])
+def test_a_form_that_cannot_be_filled_can_be_used(chromium, url, failure):
+    context = chromium.new_context()  # not `page`: Chromium writes a failed request to the console
+    context.set_default_timeout(browser.PATIENCE)
+    try:
+        page = context.new_page()
+        page.goto(url)
+        page.get_by_role("tab", name="Train").last.wait_for()
+        (opened,) = events_for(page, "set-max_steps", "load")
+        outputs = page.evaluate("i => window.gradio_config.dependencies.find(d => d.id === i).outputs.length", opened)
+        told = {"json": {"data": [{"__type__": "update"}] * outputs, "is_generating": False}}  # as `quiet` has it
+        told = told if failure == "nothing is told" else {"status": 500, "json": {"error": "no room"}}
+        answered = []
+
+        def answer(route) -> None:
+            if route.request.post_data_json["fn_index"] != opened:
+                return route.continue_()
+            answered.append(opened)
+            return route.fulfill(**told)
+
+        page.route("**/run/predict*", answer)
+        page.reload()
+        browser.tab(page, "Train")
+        fill(page, max_steps=7)
+        page.locator("#train-changed").get_by_text("Steps at most 7").wait_for()
+        assert answered
+    finally:
+        context.close()
+
+
 def test_a_run_deleted_elsewhere_does_not_take_the_buttons_along(page):
     """The picker, the head and the buttons are refreshed one after the other: each may know more than the next."""
     first, second = begin_and_stop(page), begin_and_stop(page)

@@ -104,9 +104,13 @@ class Context:
     public: bool = False  # reachable from other machines: show no folders of this one
     ticks: list = field(default_factory=list)  # (fn, inputs, bell) of every `on_tick`
 
-    def on_load(self, fn: Callable, outputs, inputs=None) -> None:
-        """Call ``fn(*inputs)`` when a page opens. It must be quick; what it raises leaves the outputs alone."""
-        self.blocks.load(quiet(fn), inputs, outputs, queue=False, show_progress="hidden", api_visibility="private")
+    def on_load(self, fn: Callable, outputs, inputs=None) -> gr.events.Dependency:
+        """Call ``fn(*inputs)`` when a page opens. It must be quick; what it raises leaves the outputs alone.
+
+        Gives Gradio's event, for what comes after it.
+        """
+        quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        return self.blocks.load(quiet(fn), inputs, outputs, **quick)
 
     def on_tick(self, fn: Callable, outputs, inputs=None) -> None:
         """Call ``fn(*inputs)`` every second. It must be pure and quick (< 20 ms): keep a signature of what was shown

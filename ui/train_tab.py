@@ -22,6 +22,7 @@ def build(ctx: Context) -> None:
     ui = SimpleNamespace()
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=400, elem_id="train-form"):
+            ui.ready = gr.HTML("", visible="hidden", elem_id="train-ready")  # empty: the form is locked (style.css)
             _what(ui)
             _plan(ui)
             _settings(ui)
@@ -207,7 +208,9 @@ def _form_events(ctx: Context, ui) -> None:
         return gr.update(choices=train_form.adapter_choices(form["adapter"])), now
 
     ctx.on_tick(adapters, [ui.adapter, listed], [ui.form, listed])
-    ctx.on_load(opened, [*widgets, *outputs], [ui.kept, ctx.chosen_data])
+    filled = ctx.on_load(opened, [*widgets, *outputs], [ui.kept, ctx.chosen_data])
+    for answered in (filled.then, filled.failure):  # Gradio 6.31 does not call `then` after an error
+        answered(None, None, [ui.ready], js="() => '<i></i>'", queue=False)
     ctx.on_tick(tick, outputs, [ui.form, ctx.chosen_data, ui.seen])
     changes = [
         ui.preset.input(ctx.guarded(chose_preset), [ui.preset, ctx.chosen_data], [*widgets, *outputs], **LAST),
