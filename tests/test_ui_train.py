@@ -121,11 +121,11 @@ def drawn(page, plot: str = "loss") -> int:
 def test_a_run_from_start_to_resume(page, chromium, url):
     new = begin(page)
     first = in_state(page, "training", step=3)
+    page.locator("#train-log .logs").get_by_text("Training:").first.wait_for()  # it has left the log 300 steps later
     page.locator("#plot-loss").wait_for()
     before = browser.until(lambda: drawn(page))
     in_state(page, "training", step=first + 5)
     browser.until(lambda: drawn(page) > before)  # the curve moves
-    page.locator("#train-log .logs").get_by_text("Training:").first.wait_for()
 
     browser.reload(page)  # a reload keeps it
     browser.tab(page, "Train")
