@@ -489,17 +489,19 @@ def test_measured_packed_passes_are_foretold(preset, tokens, layers, measured):
 
 @pytest.mark.parametrize(
     ("preset", "tokens", "layers", "offload", "measured"),
-    [("7b", 57344, 32, True, 18.16), ("13b", 28672, 48, True, 19.25), ("7b", 29696, 32, False, 19.4),
+    [("7b", 81920, 32, True, 23.16), ("7b", 65536, 32, True, 19.94), ("7b", 57344, 32, True, 18.16),
+     ("13b", 32768, 48, True, 20.31), ("13b", 28672, 48, True, 19.25), ("7b", 29696, 32, False, 19.4),
      ("7b", 25600, 32, False, 17.7)],
 )  # fmt: skip
 def test_measured_long_rows_are_foretold(preset, tokens, layers, offload, measured):
-    """Reserved at the peak of a step of two such rows, one a pass, without CUDA's context (`benchmarks/RESULTS.md`)."""
+    """Reserved at the peak of a step of two such rows, one a pass, without CUDA's context (`benchmarks/RESULTS.md`):
+    never less than was taken, and not much more."""
     c, k = resolve(preset), memory_plan.Coefficients()
     shape = model_shape.find(c.model)
     token = memory_plan._token(c, shape, k, True)
     token = token.offloaded() if offload else token
     parts = memory_plan._parts(c, shape, memory_plan._peak(token, shape, tokens, layers, k, True, store=0), k, True)
-    assert sum(v for name, v in parts.items() if name != "CUDA context") == pytest.approx(measured, rel=0.08)
+    assert measured <= sum(v for name, v in parts.items() if name != "CUDA context") <= 1.11 * measured
 
 
 # ---- one owner ------------------------------------------------------------------------------------------------------
