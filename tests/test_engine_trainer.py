@@ -361,6 +361,8 @@ def test_the_longest_row_may_have_more_of_the_memory(tmp_path, tokenizer, monkey
     assert budget(39, 8) == budget(39, 2.1) == 39
     assert budget(40, 8) == int((room * memory.LAST_SHARE - fixed) / peak) >= 40
     assert budget(40, 2.1) == int((room * memory.LAST_SHARE - fixed + 5.9 * adapter) / peak) > budget(40, 8)
+    with_one = [int((room * share - fixed) / token.peak(3, 1)) for share in (memory.SHARE, memory.LAST_SHARE)]
+    assert with_one[0] < with_one[1] and engine.needed(with_one[0]) == 1 and engine.needed(with_one[1]) == 2
     counted = []
     monkeypatch.setattr(memory, "limits", lambda *args, moments: counted.append(moments) or (10**6, 0))
     for name in (OptimizerNames.ADAMW_8BIT, OptimizerNames.ADAMW_TORCH):

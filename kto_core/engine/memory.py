@@ -58,20 +58,20 @@ def limits(
         longest, min(SCORING[engine.device.type == "cuda"], int(free / (2 * token.busy + token.rest + token.store)))
     )
 
-    def most(layers: int) -> int:
-        return max(0, int(free / token.peak(total, layers)))
+    def most(layers: int, left: float = free) -> int:
+        return max(0, int(left / token.peak(total, layers)))
 
     choices = list(range(total + 1)) if checkpoint_layers is None else [min(checkpoint_layers, total)]
     if most(choices[-1]) < longest and can_offload(engine, longest):
         engine.offload, token = True, token.offloaded()
-    if most(choices[-1]) < longest:
-        free = room * LAST_SHARE - fixed + (8 - moments) * adapter
     if recompute is None:
         recompute = engine.device.type != "cpu"
     if not recompute and checkpoint_layers is None:
         choices = [0, total] if most(0) < longest else [0]
     if checkpoint_layers is None and not engine.divided:  # divided ones are computed again by all processes or none
         engine.needed = partial(layers_for, choices=choices, most=most)
+    if most(choices[-1]) < longest:  # shorter passes, of many pieces, recompute by the usual share all the same
+        most = partial(most, left=room * LAST_SHARE - fixed + (8 - moments) * adapter)
     return cheapest(groups, longest, total, choices, most)
 
 
