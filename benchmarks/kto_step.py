@@ -134,7 +134,6 @@ def worker(args: argparse.Namespace) -> dict:
 
     def run(reference_cache=None):
         model = load(args, folder)
-        torch.backends.cuda.enable_cudnn_sdp(args.cudnn_attention)
         work = Work(model, layer_operations(folder))
         with tempfile.TemporaryDirectory() as out:
             trainer = build(args, model, tokenizer, dataset, out, gpu, reference_cache)
@@ -320,19 +319,29 @@ def rows(args, folder: str):
 
 
 def load(args, folder: str):
-    """The model as the product loads it; Unsloth's with its adapter."""
-    if args.worker == "unsloth":
-        import torch
-        from unsloth import FastLanguageModel
+    """The model as the product loads it; Unsloth's with its adapter. Attention as the flag has it, for either."""
+    import torch
 
-        dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-        model, _ = FastLanguageModel.from_pretrained(
-            folder, max_seq_length=args.max_length, dtype=dtype, load_in_4bit=args.load_in_4bit
-        )
-        return FastLanguageModel.get_peft_model(
-            model, r=args.lora_r, lora_alpha=2 * args.lora_r, lora_dropout=0, target_modules=targets(),
-            use_gradient_checkpointing="unsloth", random_state=0,
-        )  # fmt: skip
+    model = _load_unsloth(args, folder) if args.worker == "unsloth" else _load_base(args, folder)
+    torch.backends.cuda.enable_cudnn_sdp(args.cudnn_attention)
+    return model
+
+
+def _load_unsloth(args, folder: str):
+    import torch
+    from unsloth import FastLanguageModel
+
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    model, _ = FastLanguageModel.from_pretrained(
+        folder, max_seq_length=args.max_length, dtype=dtype, load_in_4bit=args.load_in_4bit
+    )
+    return FastLanguageModel.get_peft_model(
+        model, r=args.lora_r, lora_alpha=2 * args.lora_r, lora_dropout=0, target_modules=targets(),
+        use_gradient_checkpointing="unsloth", random_state=0,
+    )  # fmt: skip
+
+
+def _load_base(args, folder: str):
     from kto_core import config, model
 
     settings = {"model": folder, "data": "none", "load_in_4bit": args.load_in_4bit}

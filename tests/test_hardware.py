@@ -488,12 +488,12 @@ def test_measured_packed_passes_are_foretold(preset, tokens, layers, measured):
 
 
 @pytest.mark.parametrize(
-    ("preset", "tokens", "layers", "offload", "measured"),
-    [("7b", 81920, 32, True, 23.16), ("7b", 65536, 32, True, 19.94), ("7b", 57344, 32, True, 18.16),
-     ("13b", 32768, 48, True, 20.31), ("13b", 28672, 48, True, 19.25), ("7b", 29696, 32, False, 19.4),
-     ("7b", 25600, 32, False, 17.7)],
+    ("preset", "tokens", "layers", "offload", "measured", "over"),
+    [("7b", 81920, 32, True, 23.16, 0.11), ("7b", 65536, 32, True, 19.94, 0.09), ("7b", 57344, 32, True, 18.16, 0.08),
+     ("13b", 32768, 48, True, 20.31, 0.08), ("13b", 28672, 48, True, 19.25, 0.08), ("7b", 29696, 32, False, 19.4, 0.08),
+     ("7b", 25600, 32, False, 17.7, 0.08)],
 )  # fmt: skip
-def test_measured_long_rows_are_foretold(preset, tokens, layers, offload, measured):
+def test_measured_long_rows_are_foretold(preset, tokens, layers, offload, measured, over):
     """Reserved at the peak of a step of two such rows, one a pass, without CUDA's context (`benchmarks/RESULTS.md`):
     never less than was taken, and not much more."""
     c, k = resolve(preset), memory_plan.Coefficients()
@@ -501,7 +501,7 @@ def test_measured_long_rows_are_foretold(preset, tokens, layers, offload, measur
     token = memory_plan._token(c, shape, k, True)
     token = token.offloaded() if offload else token
     parts = memory_plan._parts(c, shape, memory_plan._peak(token, shape, tokens, layers, k, True, store=0), k, True)
-    assert measured <= sum(v for name, v in parts.items() if name != "CUDA context") <= 1.11 * measured
+    assert measured <= sum(v for name, v in parts.items() if name != "CUDA context") <= (1 + over) * measured
 
 
 # ---- one owner ------------------------------------------------------------------------------------------------------
