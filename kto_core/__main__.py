@@ -1,12 +1,18 @@
-"""The command line: ``python -m kto_core COMMAND``. `kto_core.cli` has the commands."""
+"""The command line: ``python -m kto_core COMMAND``, or ``kto COMMAND``. `kto_core.cli` has the commands."""
 
 from __future__ import annotations
 
 import os
 import sys
 
-from kto_core.cli import main
+from . import cli
+
+
+def main(prog: str = "kto") -> int:
+    """What the console script calls."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of libraries; ours are shown all the same
+    return cli.main(prog=prog)
+
 
 if __name__ == "__main__":
-    os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of libraries; ours are shown all the same
-    sys.exit(main())
+    sys.exit(main("python -m kto_core"))

@@ -1,11 +1,12 @@
 """The demo: train the embedded model on the example, and show what it learned on questions it has not seen.
 
-It goes through the same doors as any run (`run.create`, `run.start`, `evaluate`), so that what it shows is what a user
-gets.
+It goes through the same doors as any run (`folders.create`, `start.start`, `evaluate`), so that what it shows is what a
+user gets.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import threading
@@ -52,12 +53,13 @@ def run_demo(
         RunError: training failed or was stopped; the message says why.
         Cancelled: ``cancel`` was set; the run is stopped and can be resumed.
     """
-    from . import chat, config, evaluate
-    from . import run as runs
+    from kto_core.chat import chat, evaluate
+    from kto_core.config import resolving
+    from kto_core.runs import folders
 
     started = time.monotonic()
     given = {"data": str(DATA), "seed": seed, "run_name": "demo", **(overrides or {})}
-    run = runs.create(config.resolve("demo", given, origin="demo"))
+    run = folders.create(resolving.resolve("demo", given, origin="demo"))
     if on_run:
         on_run(run)
     training = _train(run, progress, cancel)
@@ -78,12 +80,12 @@ def run_demo(
     asked, accepted = [h["prompt"] for h in held_out], [h.get("answers") for h in held_out]
     loaded = chat.Chat.load(run, cancel=cancel)
     try:
-        options = {"max_new_tokens": ANSWER_TOKENS, "cancel": cancel}
-        before = evaluate.answers(loaded, asked, tuned=False, progress=part(0.8, 0.95), **options)
-        after = evaluate.answers(loaded, asked, tuned=True, progress=part(0.95, 1.0), **options)
+        answers = functools.partial(evaluate.answers, max_new_tokens=ANSWER_TOKENS, cancel=cancel)
+        before = answers(loaded, asked, tuned=False, progress=part(0.8, 0.95))
+        after = answers(loaded, asked, tuned=True, progress=part(0.95, 1.0))
     finally:
         loaded.unload()
-    progress(1.0, "The demo is done.")
+    progress(1.0, "The demo is finished.")
     shown = list(zip(asked, before, after, strict=True))[:SAMPLES]
     return {
         "run": run.id,
@@ -120,10 +122,11 @@ def _has(answer: str, phrases: list[str]) -> bool:
 
 def _train(run, progress: Progress, cancel: threading.Event | None) -> float:
     """Train to the end; the seconds it took. Progress goes to `TRAINED`."""
-    from . import run as runs
+    from kto_core.engine.reference import PHASE
+    from kto_core.training import start as starting
 
     started = time.monotonic()
-    runs.start(run)
+    starting.start(run)
     while not (state := run.state()).terminal:
         if cancel is not None and cancel.is_set():
             _stop(run)
@@ -132,11 +135,11 @@ def _train(run, progress: Progress, cancel: threading.Event | None) -> float:
             share = PREPARED + (TRAINED - PREPARED) * state.step / state.total_steps
             progress(min(TRAINED, share), f"Training: step {state.step} of {state.total_steps}")
         else:
-            scored = (state.prepared or 0.0) if state.message.startswith("Scoring") else 0.0  # the long part of it
+            scored = (state.prepared or 0.0) if state.message.startswith(PHASE) else 0.0  # the long part of it
             progress(0.02 + (PREPARED - 0.02) * scored, state.message)
         time.sleep(POLL)
     if state.state != "finished":
-        raise RunError(f"The demo's training {state.state}: {state.message}")
+        raise RunError(f"The demo's training run {state.state}: {state.message}")
     return time.monotonic() - started
 
 

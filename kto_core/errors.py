@@ -2,9 +2,12 @@
 
 KTOError
  ├─ DataError        a file, a row or a data set cannot be used
+ │   └─ MapError     a column that was named is not in it
  ├─ ConfigError      one or more fields of a RunConfig are wrong (`problems` has them all)
  ├─ ModelError       a model cannot be found, read or trained
- │   └─ NotServed    by the packed engine, that is; TRL's trainer may
+ │   ├─ NotServed    by the packed engine, that is; TRL's trainer may
+ │   ├─ NotFinite    the loss became NaN
+ │   └─ Unloaded     while somebody talked to it, or wanted to
  ├─ HardwareError    no GPU, not enough memory
  ├─ BusyError        the GPU, or a run, is in use by somebody else
  ├─ RunError         a run folder cannot be created, found, stopped or resumed
@@ -27,6 +30,10 @@ class DataError(KTOError):
     pass
 
 
+class MapError(DataError):
+    """A column that the user named is not in the data."""
+
+
 class ConfigError(KTOError):
     """All problems of a configuration at once.
 
@@ -47,6 +54,14 @@ class NotServed(ModelError):
     """The packed engine cannot train this architecture; TRL's trainer may."""
 
 
+class NotFinite(ModelError):
+    """The loss of a step is not a number."""
+
+
+class Unloaded(ModelError):
+    """The model was taken out of memory before the answer was complete."""
+
+
 class HardwareError(KTOError):
     pass
 
@@ -64,8 +79,8 @@ class DiskError(KTOError):
     def of(cls, path: object, e: OSError) -> DiskError:
         """A file that could not be written, with the remedy that fits."""
         full = e.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = "Make room, or choose another folder." if full else "Choose a folder that you may write to."
-        return cls(f"{path} cannot be written: {e.strerror}. {remedy}")
+        remedy = "Free up disk space, or choose another folder." if full else "Choose a folder that you can write to."
+        return cls(f"{path} is not writable: {e.strerror}. {remedy}")
 
 
 class ExportError(KTOError):
@@ -78,3 +93,9 @@ class HubError(KTOError):
 
 class Cancelled(KTOError):
     pass
+
+
+def first_line(e: BaseException) -> str:
+    """The first line of an error's text, at most 300 characters; the error's type where it has no text."""
+    lines = [line.strip() for line in str(e).strip().splitlines() if line.strip()]
+    return (lines[0] if lines else type(e).__name__)[:300]

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import threading
 import time
-import traceback
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
 from .errors import Cancelled, KTOError
+from .plain_text import print_trace
 
 TELLING = 0.05  # of a job: what remains is told from here on
+STOPPED = "Stopped."
 Progress = Callable[[float | None, str], None]
 
 
@@ -23,20 +25,33 @@ def no_progress(fraction: float | None, text: str) -> None:
     """For callers that do not show progress."""
 
 
+def part_of(progress: Progress, start: float, end: float) -> Progress:
+    """``progress`` for a part of the work, from ``start`` to ``end`` of the whole."""
+    return lambda fraction, text: progress(None if fraction is None else start + (end - start) * fraction, text)
+
+
+def named(what: str, progress: Progress) -> Progress:
+    """``progress`` that says of what the numbers are."""
+    return lambda fraction, text: progress(fraction, f"{what}: {text}")
+
+
 def check_cancel(cancel: threading.Event | None) -> None:
     if cancel is not None and cancel.is_set():
-        raise Cancelled("Stopped as you asked.")
+        raise Cancelled(STOPPED)
+
+
+Result = TypeVar("Result")
 
 
 @dataclass
-class Job:
+class Job(Generic[Result]):
     name: str
     id: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
     state: str = "running"  # running, done, failed, cancelled
     fraction: float | None = None  # 0..1; None: unknown
     text: str = ""
     error: str = ""
-    result: object = None
+    result: Result | None = None
     started: float = field(default_factory=time.time)
     ended: float | None = None
     cancel_event: threading.Event = field(default_factory=threading.Event)
@@ -53,6 +68,11 @@ class Job:
             return None
         return (time.time() - self.started) * (1 - self.fraction) / self.fraction
 
+    def wait(self, timeout: float | None = None) -> None:
+        """Until it has ended, or that many seconds."""
+        if self.thread is not None:
+            self.thread.join(timeout)
+
     def progress(self, fraction: float | None, text: str) -> None:
         self.fraction, self.text = fraction, text
 
@@ -62,14 +82,14 @@ class Job:
             self.text = "Stopping…"
 
 
-_JOBS: dict[str, Job] = {}
+_JOBS: dict[str, Job[Any]] = {}
 
 
-def start(name: str, work: Callable[[Progress, threading.Event], object]) -> Job:
+def start(name: str, work: Callable[[Progress, threading.Event], Result]) -> Job[Result]:
     """Run ``work(progress, cancel)`` in a daemon thread. Its errors end in the Job, never in the thread's stderr."""
-    job = Job(name)
+    job: Job[Result] = Job(name)
 
-    def body():
+    def body() -> None:
         try:
             job.result = work(job.progress, job.cancel_event)
             job.state, job.fraction = "done", 1.0
@@ -78,8 +98,8 @@ def start(name: str, work: Callable[[Progress, threading.Event], object]) -> Job
         except KTOError as e:
             job.state, job.error = "failed", str(e)
         except Exception as e:
-            traceback.print_exc()  # a bug of ours: the terminal gets the trace, the user a sentence
-            job.state, job.error = "failed", f"Unexpected {type(e).__name__}: {e}. The terminal has the details."
+            print_trace(e)  # a bug of ours: the terminal gets the trace, the user a sentence
+            job.state, job.error = "failed", f"Unexpected {type(e).__name__}: {e}. See the terminal for details."
         finally:
             job.ended = time.time()
 
@@ -89,9 +109,19 @@ def start(name: str, work: Callable[[Progress, threading.Event], object]) -> Job
     return job
 
 
-def get(job_id: str) -> Job | None:
+def get(job_id: str) -> Job[Any] | None:
     return _JOBS.get(job_id)
 
 
-def all_jobs() -> list[Job]:
+def all_jobs() -> list[Job[Any]]:
     return sorted(_JOBS.values(), key=lambda j: j.started)
+
+
+def duration(seconds: float) -> str:
+    """A span of time as a person says it: ``42 s``, ``3 min 5 s``, ``2 h 10 min``."""
+    seconds = max(0, round(seconds))
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60} min"

@@ -1,62 +1,6 @@
-"""``python -m kto_core.worker RUN_DIR``: train one run in this process. Started by `kto_core.run`, not by people.
+"""``python -m kto_core.worker RUN``: what `accelerate launch`, and a run in a process of its own, start."""
 
-Everything is told through the run's events; what is printed goes to the run's ``worker.log``. Exit code 0 when the run
-finished or was stopped.
-"""
-
-from __future__ import annotations
-
-import argparse
-import signal
-import sys
-from pathlib import Path
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m kto_core.worker", description=__doc__)
-    parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--lock-fd", type=int, help="inherited open file that holds the run's lock")
-    args = parser.parse_args(argv)
-
-    from . import alive, ranks
-    from .config import load_config
-    from .errors import KTOError
-    from .events import EventLog, fold, read
-
-    # a closed terminal must not end a run that outlives the app; a polite kill is a stop
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: (args.run_dir / "stop").touch())
-    ranks.die_with_launcher()
-    main_process = ranks.rank() == 0
-    if args.lock_fd is not None and main_process:
-        alive.adopt(args.run_dir, args.lock_fd)
-    events = EventLog(args.run_dir / "events.jsonl")
-    try:
-        config = load_config(args.run_dir / "config.yaml").config
-        if config.engine == "unsloth":
-            from .train_checks import check_libraries
-            from .unsloth_model import import_first
-
-            check_libraries(config)
-            import_first()
-        from .train import train
-
-        train(config, args.run_dir, end_on_second_stop=True)
-        if not main_process:  # how it ended is the main process's to say, and it may not have said it yet
-            return 0
-    except KTOError as e:
-        if not main_process:
-            if not isinstance(e, ranks.LostError):
-                ranks.note_error(args.run_dir, str(e))
-            return 1
-        events.append("error", message=str(e), type=type(e).__name__)
-        events.status("failed", message=str(e))
-    state = fold(read(events.path)[0]).state
-    return 0 if state in ("finished", "stopped") else 1
-
+from kto_core.training.worker import run
 
 if __name__ == "__main__":
-    code = main()
-    from . import ranks
-
-    ranks.leave(code) if ranks.several() else sys.exit(code)
+    run()

@@ -11,6 +11,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from kto_core.plain_text import printable
+
 from . import chat, checks, data, export, output, runs, train
 
 COMMANDS = (data, train, runs, chat, export, checks)
@@ -22,13 +24,16 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, **kwargs)
 
+    def _print_message(self, message, file=None) -> None:
+        super()._print_message(printable(message), file)  # it repeats what was typed
 
-def parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
+
+def parser(argv: Sequence[str] = (), prog: str = "python -m kto_core") -> argparse.ArgumentParser:
     """The parser of all commands. Flags made from the configuration's fields are added only if ``argv`` needs them."""
     top = Parser(
-        prog="python -m kto_core",
+        prog=prog,
         description="Turn thumbs-up / thumbs-down data into a better language model with KTO.",
-        epilog="'COMMAND --help' has the flags of a command. The same in the browser: python app.py",
+        epilog="'COMMAND --help' lists the options of a command. The same in the browser: python app.py",
     )
     commands = top.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
     for module in COMMANDS:
@@ -36,8 +41,8 @@ def parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     return top
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "python -m kto_core") -> int:
     """Run one command and return its exit code. Wrong usage raises SystemExit(2), as argparse does."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    args = parser(argv).parse_args(argv)
+    args = parser(argv, prog).parse_args(argv)
     return output.guarded(args)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from kto_core.data.records import thoughts
 from kto_core.errors import ConfigError, KTOError
 
 from . import output
@@ -15,59 +16,59 @@ HELP = "Commands: clear (forget the conversation), system TEXT (set the system p
 def add(commands: argparse._SubParsersAction, argv: list[str]) -> None:
     chat = commands.add_parser(
         "chat",
-        help="talk to a run or a model",
-        description="Talk to a run or a model. Ctrl-C stops an answer. " + HELP,
+        help="chat with a run or a model",
+        description="Chat with a run or a model. Ctrl-C stops an answer. " + HELP,
     )
     chat.add_argument(
         "model", metavar="RUN_OR_MODEL", help="id or folder of a run, Hub id or folder of a model, or 'demo'"
     )
-    chat.add_argument("--base", action="store_true", help="answer with the original model: the adapter is off")
-    chat.add_argument("--checkpoint", metavar="STEP", help="the adapter of this checkpoint instead of the run's last")
-    chat.add_argument("--prompt", metavar="T", help="print the answer to T and end")
+    chat.add_argument("--base", action="store_true", help="answer with the base model (adapter off)")
+    chat.add_argument("--checkpoint", metavar="STEP", help="use the adapter from this checkpoint instead of the latest")
+    chat.add_argument("--prompt", metavar="T", help="print the answer to T and exit")
     chat.add_argument("--system", metavar="TEXT", default="", help="system prompt")
     chat.add_argument(
         "--temperature",
         type=output.number(float, 0, 2),
         default=0.7,
         metavar="X",
-        help="0: always the likeliest token (default: %(default)s)",
+        help="0: always pick the most likely token (default: %(default)s)",
     )
     chat.add_argument(
         "--top-p",
         type=output.number(float, 0.01, 1),
         default=0.9,
         metavar="X",
-        help="draw from the likeliest tokens that make up this share (default: %(default)s)",
+        help="sample from the most likely tokens whose probabilities add up to X (default: %(default)s)",
     )
     chat.add_argument(
         "--top-k",
         type=output.number(int, 0),
         default=50,
         metavar="N",
-        help="draw from the N likeliest tokens; 0: all (default: %(default)s)",
+        help="sample from the N most likely tokens; 0: no limit (default: %(default)s)",
     )
     chat.add_argument(
         "--repetition-penalty",
         type=output.number(float, 0.5, 2),
         default=1.0,
         metavar="X",
-        help="above 1: repeat less (default: %(default)s)",
+        help="above 1: fewer repetitions (default: %(default)s)",
     )
     chat.add_argument(
         "--max-new-tokens",
         type=output.number(int, 1),
         default=512,
         metavar="N",
-        help="longest answer (default: %(default)s)",
+        help="maximum length of an answer in tokens (default: %(default)s)",
     )
-    chat.add_argument("--seed", type=int, metavar="N", help="same seed, same answer")
+    chat.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same answer")
     output.add_json(chat)
     chat.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     if args.json and args.prompt is None:
-        raise ConfigError("--json needs --prompt.")
+        raise ConfigError("--json requires --prompt.")
     chat = load(args)
     messages = [{"role": "system", "content": args.system}] if args.system else []
     try:
@@ -75,10 +76,12 @@ def run(args: argparse.Namespace) -> int:
             messages.append({"role": "user", "content": args.prompt})
             answer = _answer(chat, messages, args, shown=not args.json)
             if args.json:
+                thought, answer = thoughts.split(answer, unfinished=True)
                 output.emit(
                     {
                         "model": args.model,
                         "tuned": chat.has_adapter and not args.base,
+                        **({"thought": thought} if thought else {}),
                         "answer": answer,
                         "stats": chat.stats,
                     }
@@ -91,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
 
 def load(args: argparse.Namespace):
     """The loaded Chat. A name that is no run is taken as a model."""
-    from kto_core.chat import Chat
+    from kto_core.chat.chat import Chat
 
     from .follow import Interrupts
 
@@ -144,7 +147,7 @@ def converse(chat, messages: list[dict], args: argparse.Namespace) -> int:
             return output.OK
         if text in ("clear", "/clear"):
             messages = [m for m in messages if m["role"] == "system"]
-            output.say("The conversation starts anew.")
+            output.say("Conversation cleared.")
         elif word in ("system", "/system"):
             messages = [m for m in messages if m["role"] != "system"]
             messages = ([{"role": "system", "content": rest}] if rest else []) + messages
@@ -152,9 +155,9 @@ def converse(chat, messages: list[dict], args: argparse.Namespace) -> int:
         elif text in ("base", "tuned", "/base", "/tuned"):
             args.base = text.endswith("base")
             output.say(
-                "This model has no adapter: base and tuned are the same."
+                "This model has no adapter, so base and tuned are the same."
                 if not chat.has_adapter
-                else f"{text.strip('/')} answers."
+                else f"Now answering: {text.strip('/')}."
             )
         elif text in ("help", "/help", "?"):
             output.say(HELP)

@@ -5,26 +5,34 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
+from kto_core.plain_text import one_line
+
 from . import output
+
+SHOWN, WIDE = 3, 300  # answers that are printed, and characters of one
+SIDES = (("Prompt", "prompt"), ("Before", "base"), ("After", "tuned"))
 
 
 def add(commands: argparse._SubParsersAction, argv: list[str]) -> None:
     evaluate = commands.add_parser(
         "evaluate",
-        help="compare a run with its base on held-out data",
-        description="Reward AUC, margins and KL of a run on held-out rows, and answers before and after.",
+        help="say whether a run is better than before training",
+        description="Measure a run on rows that it was not trained on, and say whether it is better, no different, "
+        "worse or drifted. The verdict is kept in the run's folder.",
     )
     evaluate.add_argument("name", metavar="RUN", help="id of a run ('runs list'), or its folder")
     evaluate.add_argument(
-        "--data", required=True, metavar="F", help="held-out rows: a file, or the Hub id of a data set"
+        "--data",
+        metavar="F",
+        help="held-out rows: a file, or the Hub id of a dataset (default: the run's validation rows)",
     )
     output.add_json(evaluate)
     evaluate.set_defaults(run=run_evaluate)
 
     demo = commands.add_parser(
         "demo",
-        help="train the example and show before and after",
-        description="Train the embedded small model on the example data, on any computer, and show what it learned.",
+        help="train on the example and compare before and after",
+        description="Train the built-in demo model on the example data and show what it learned. Runs on any computer.",
     )
     demo.add_argument("--seed", type=int, default=3407, metavar="N", help="seed (default: %(default)s)")
     output.add_json(demo)
@@ -33,15 +41,15 @@ def add(commands: argparse._SubParsersAction, argv: list[str]) -> None:
     doctor = commands.add_parser(
         "doctor",
         help="check this installation",
-        description="Check Python, packages, GPU, disk and Hub access; each problem with its remedy.",
+        description="Check Python, packages, GPU, disk and Hub access. Each problem comes with a fix.",
     )
     output.add_json(doctor)
     doctor.set_defaults(run=run_doctor)
 
     cache = commands.add_parser(
         "cache",
-        help="size of the reference log-probs kept on disk; --clear deletes them",
-        description="Reference log-probs that the packed engine keeps, so that a second run on the same rows does not "
+        help="show the size of the reference log-probs on disk; --clear deletes them",
+        description="The packed engine caches reference log-probs, so that a later run on the same rows does not "
         "compute them again.",
     )
     cache.add_argument("--clear", action="store_true", help="delete them")
@@ -50,15 +58,29 @@ def add(commands: argparse._SubParsersAction, argv: list[str]) -> None:
 
 
 def run_evaluate(args: argparse.Namespace) -> int:
-    from kto_core import evaluate, run
+    from kto_core.chat import evaluate
+    from kto_core.runs import folders
 
     from .follow import Interrupts
 
-    found = run.find(args.name)
+    found = folders.find(args.name)
     with Interrupts() as interrupts, output.Bar() as bar:
         result = evaluate.evaluate(found, args.data, progress=bar, cancel=interrupts.cancel)
-    output.emit(result) if args.json else output.show(_lines(result))
+    output.emit(result) if args.json else output.show(described(result))
     return output.OK
+
+
+def described(result: dict) -> str:
+    """A result of `evaluate` as text: answers that changed, the numbers, and the verdict last."""
+    from kto_core.verdict import wording
+
+    changed = [s for s in result["samples"] if s["base"] != s["tuned"]][:SHOWN]
+    lines = []
+    for sample in changed:
+        lines += [f"{name:<8}{one_line(sample[key], WIDE)}" for name, key in SIDES] + [""]
+    lines += [f"{name:<16}{text}" for name, text in wording.lines(result)]
+    lines += [f"{'Note':<16}{remark}" for remark in result["remarks"]]
+    return "\n".join([*lines, "", result["verdict"]["sentence"]])
 
 
 def _lines(result: dict, indent: str = "") -> str:
@@ -86,7 +108,7 @@ def run_demo(args: argparse.Namespace) -> int:
 
 
 def run_doctor(args: argparse.Namespace) -> int:
-    from kto_core import doctor
+    from kto_core.hardware import doctor
 
     checks = doctor.doctor()
     ok = all(c.ok is not False for c in checks)

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 
 from kto_core.errors import ExportError
+from kto_core.export import publish
+from kto_core.plain_text import one_line
 
 from . import output
 
@@ -17,7 +19,9 @@ def _list(allowed: tuple[str, ...]):
     def parse(text: str) -> list[str]:
         names = [n.strip().lower() for n in text.split(",") if n.strip()]
         if not names or set(names) - set(allowed):
-            raise argparse.ArgumentTypeError(f"{text!r}: choose from {', '.join(allowed)}, separated by commas")
+            raise argparse.ArgumentTypeError(
+                f"{text!r}: must be one or more of {', '.join(allowed)}, separated by commas"
+            )
         return list(dict.fromkeys(names))
 
     return parse
@@ -25,12 +29,12 @@ def _list(allowed: tuple[str, ...]):
 
 def add(commands: argparse._SubParsersAction, argv: list[str]) -> None:
     export = commands.add_parser(
-        "export", help="merge, convert to GGUF, check, upload", description="Give a run to other programs."
+        "export", help="merge, convert to GGUF, check, upload", description="Export a run for other programs."
     )
     actions = export.add_subparsers(metavar="ACTION", required=True)
 
     _action(actions, "merge", "merge the adapter into the base model (16 bit)", run_merge)
-    gguf = _action(actions, "gguf", "write GGUF files for llama.cpp and Ollama", run_gguf)
+    gguf = _action(actions, "gguf", "create GGUF files for llama.cpp and Ollama", run_gguf)
     gguf.add_argument(
         "--quant",
         type=_list(QUANTS),
@@ -38,8 +42,11 @@ def add(commands: argparse._SubParsersAction, argv: list[str]) -> None:
         metavar="Q",
         help=f"comma-separated: {', '.join(QUANTS)} (default: q4_k_m)",
     )
-    check = _action(actions, "check", "load the GGUF files in llama.cpp and let them answer", run_check)
-    check.add_argument("--quant", type=_list(QUANTS), metavar="Q", help="check these only (default: all there are)")
+    gguf.add_argument("--no-check", action="store_true", help="do not compare the files with the merged model")
+    check = _action(actions, "check", "compare the GGUF files with the merged model, in llama.cpp", run_check)
+    check.add_argument(
+        "--quant", type=_list(QUANTS), metavar="Q", help="check only these (default: all existing files)"
+    )
     check.add_argument(
         "--prompt", default="What is the capital of France?", metavar="T", help="question to ask (default: %(default)s)"
     )
@@ -52,7 +59,7 @@ def add(commands: argparse._SubParsersAction, argv: list[str]) -> None:
         metavar="W",
         help=f"comma-separated: {', '.join(WHAT)} (default: adapter)",
     )
-    push.add_argument("--public", action="store_true", help="everybody may see it")
+    push.add_argument("--public", action="store_true", help="make the repository public")
 
 
 def _action(actions, name: str, text: str, fn) -> argparse.ArgumentParser:
@@ -64,7 +71,7 @@ def _action(actions, name: str, text: str, fn) -> argparse.ArgumentParser:
 
 
 def _long(fn, *args, **kwargs):
-    """Call a long function of kto_core.export with a bar; Ctrl-C cancels it in good order."""
+    """Call a long function of kto_core.export.export with a bar; Ctrl-C cancels it in good order."""
     from .follow import Interrupts
 
     with Interrupts() as interrupts, output.Bar() as bar:
@@ -72,13 +79,13 @@ def _long(fn, *args, **kwargs):
 
 
 def _found(name: str):
-    from kto_core import run
+    from kto_core.runs import folders
 
-    return run.find(name)
+    return folders.find(name)
 
 
 def run_merge(args: argparse.Namespace) -> int:
-    from kto_core import export
+    from kto_core.export import export
 
     folder = _long(export.merge, _found(args.name))
     output.emit({"merged": str(folder)}) if args.json else output.show(str(folder))
@@ -86,29 +93,47 @@ def run_merge(args: argparse.Namespace) -> int:
 
 
 def run_gguf(args: argparse.Namespace) -> int:
-    from kto_core import export
+    from kto_core.export import export
 
     run = _found(args.name)
-    files = _long(export.gguf, run, args.quant)
-    made = [{"path": str(p), "bytes": p.stat().st_size, "modelfile": str(export.modelfile(run, p))} for p in files]
-    if args.json:
-        output.emit({"files": made})
+    if args.no_check:
+        files = _long(export.gguf, run, args.quant)
+        made = [{"path": p, "bytes": p.stat().st_size, "modelfile": export.modelfile(run, p)} for p in files]
     else:
-        output.show("\n".join(f"{f['path']}  {f['bytes'] / 1e6:,.0f} MB" for f in made))
-        output.say(f"For Ollama: ollama create NAME -f {made[-1]['modelfile']}")
-    return output.OK
+        made = _long(export.gguf_and_check, run, args.quant)
+    good = all(m.get("check", {}).get("ok", True) for m in made)
+    if args.json:
+        output.emit({"files": [m | {"path": str(m["path"]), "modelfile": str(m["modelfile"])} for m in made]})
+        return output.OK if good else output.FAILED
+    for m in made:
+        output.show(f"{m['path']}  {m['bytes'] / 1e6:,.0f} MB")
+        if "check" in m:
+            output.show(checked(m["check"]))
+    if good:
+        output.say(f"To use it in Ollama: ollama create NAME -f {made[-1]['modelfile']}")
+    return output.OK if good else output.FAILED
 
 
 def run_check(args: argparse.Namespace) -> int:
-    from kto_core import export
+    from kto_core.export import export
 
     files = gguf_files(_found(args.name), args.quant)
-    answers = [{"path": str(p)} | export.check_gguf(p, args.prompt) for p in files]
+    answers = [{"path": str(p)} | _long(export.check_gguf, p, args.prompt) for p in files]
     if args.json:
         output.emit({"checks": answers})
     else:
-        output.show("\n\n".join("\n".join(f"{k}: {v}" for k, v in a.items()) for a in answers))
-    return output.OK
+        output.show("\n\n".join(f"{a['path']}\n{checked(a)}" for a in answers))
+    return output.OK if all(a["ok"] for a in answers) else output.FAILED
+
+
+def checked(verdict: dict) -> str:
+    """A verdict of `export.check_gguf` as lines; the file's answer stands beside the merged model's own."""
+    marks = {True: "ok", False: "FAILED", None: "-"}
+    lines = [f"  {marks[c['ok']]:<7}{c['name']}: {c['text']}" for c in verdict["checks"]]
+    lines.append(f"  llama.cpp answers: {one_line(verdict['text']) or '(nothing)'}")
+    if verdict["reference_text"] is not None:
+        lines.append(f"  your model:        {one_line(verdict['reference_text']) or '(nothing)'}")
+    return "\n".join(lines)
 
 
 def gguf_files(run, quants: list[str] | None = None) -> list[Path]:
@@ -122,15 +147,14 @@ def gguf_files(run, quants: list[str] | None = None) -> list[Path]:
         files = [p for p in files if any(p.stem.lower().endswith(q) for q in quants)]
     if not files:
         raise ExportError(
-            "No such GGUF file yet. Make one: "
-            f"python -m kto_core export gguf {run.id} --quant {','.join(quants or ['q4_k_m'])}"
+            f"No such GGUF file yet. Create one: python -m kto_core export gguf {run.id} --quant "
+            f"{','.join(quants or ['q4_k_m'])}"
         )
     return files
 
 
 def run_push(args: argparse.Namespace) -> int:
-    from kto_core import export
 
-    url = _long(export.push, _found(args.name), args.repo, what=args.what, private=not args.public)
+    url = _long(publish.push, _found(args.name), args.repo, what=args.what, private=not args.public)
     output.emit({"url": url, "private": not args.public}) if args.json else output.show(url)
     return output.OK

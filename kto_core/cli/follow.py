@@ -9,8 +9,10 @@ import sys
 import threading
 import time
 
-from kto_core import run_log
 from kto_core.errors import RunError
+from kto_core.jobs import duration
+from kto_core.plain_text import printable
+from kto_core.runs import log
 
 from . import output
 
@@ -29,7 +31,7 @@ class Interrupts:
         self.count += 1
         self.cancel.set()
         if self.count > 2:
-            leave()
+            end_process()
 
     def __enter__(self) -> Interrupts:
         self._before = {}
@@ -42,7 +44,7 @@ class Interrupts:
             signal.signal(number, handler)
 
 
-def leave() -> None:
+def end_process() -> None:
     """End this process now, a training thread inside it included."""
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
@@ -66,21 +68,24 @@ def follow(run, interrupts: Interrupts) -> int:
             deadline = time.monotonic() + PATIENCE
             with contextlib.suppress(RunError):  # it ended by itself meanwhile
                 run.stop()
-            screen.line("Stopping now." if asked > 1 else "Stopping after this step and saving. Ctrl-C again: now.")
+            screen.line(
+                "Stopping now." if asked > 1 else "Finishing this step, then saving. Press Ctrl-C again to stop now."
+            )
         if asked > 1 and time.monotonic() > deadline:
             screen.close()
-            output.say(f"Not waiting any longer. Later: python -m kto_core runs resume {run.id}")
-            leave()
+            output.say(f"No longer waiting. To resume later: python -m kto_core runs resume {run.id}")
+            end_process()
         time.sleep(POLL)
     screen.close()
     return _verdict(run, run.state(), asked > 0)
 
 
 def _verdict(run, state, asked: bool) -> int:
-    again = f"Go on: python -m kto_core runs resume {run.id}"
+    again = f"To resume: python -m kto_core runs resume {run.id}"
     if state.state == "finished":
         output.say(
-            f"Finished after {state.step:,} step{'s' * (state.step != 1)}. Talk to it: python -m kto_core chat {run.id}"
+            f"Finished after {state.step:,} step{'s' * (state.step != 1)}. To chat with it: python -m kto_core chat "
+            f"{run.id}"
         )
         return output.OK
     if state.state == "stopped":
@@ -103,20 +108,18 @@ class _Screen:
         if self.bar is None:
             output.say(text)
         else:
-            self.bar.write(text, file=sys.stderr)
+            self.bar.write(printable(text), file=sys.stderr)
 
     def update(self, state):
         """Show what is new; returns ``state``."""
-        # fewer than before: the run was resumed and its later events were taken back
-        self.logs, self.metrics = min(self.logs, len(state.logs)), min(self.metrics, len(state.metrics))
-        for entry in state.logs[self.logs :]:
+        for entry in _newest(state.logs, self.logs):
             if entry["level"] != "error":  # the verdict says it
                 self.line(entry["text"])
         if state.message and state.message != self.status and not state.terminal:
             self.status = state.message
             self.line(state.message)
-        new = state.metrics[self.metrics :]
-        self.logs, self.metrics = len(state.logs), len(state.metrics)
+        new = _newest(state.metrics, self.metrics)
+        self.logs, self.metrics = state.logs.total, state.metrics.total
         if sys.stderr.isatty() and state.total_steps:
             self._draw(state)
         else:
@@ -137,7 +140,7 @@ class _Screen:
             )
         self.bar.total, self.bar.n = state.total_steps, state.step
         self.bar.set_description_str(
-            _with_eta(run_log.values({n: state.latest(n) for n, _ in run_log.SHOWN}), state.eta), refresh=False
+            _with_eta(log.values({n: state.latest(n) for n, _ in log.SHOWN}), state.eta), refresh=False
         )
         self.bar.refresh()
 
@@ -147,13 +150,18 @@ class _Screen:
             self.bar = None
 
 
+def _newest(items, seen: int) -> list:
+    """Those that came after the first ``seen``, as far as they are kept."""
+    return items[-(items.total - seen) :] if items.total > seen else []
+
+
 def progress_line(metric: dict, total: int) -> str:
     """One metric event as a line: step, loss, margin, KL, time left."""
-    return _with_eta(run_log.step_line(metric, total), metric.get("eta"))
+    return _with_eta(log.step_line(metric, total), metric.get("eta"))
 
 
 def _with_eta(text: str, eta: float | None) -> str:
-    return f"{text}  eta {output.duration(eta)}" if eta else text
+    return f"{text}  eta {duration(eta)}" if eta else text
 
 
 def wait_stopped(run, timeout: float) -> None:
@@ -165,5 +173,5 @@ def wait_stopped(run, timeout: float) -> None:
     end = time.monotonic() + timeout
     while run.alive():
         if time.monotonic() > end:
-            raise RunError(f"{run.id} was asked to stop and is still in its step. Look again with: runs show {run.id}")
+            raise RunError(f"{run.id} is still finishing its step. Check again with: runs show {run.id}")
         time.sleep(POLL)

@@ -9,10 +9,11 @@ import json
 import os
 import sys
 import time
-import traceback
 from collections.abc import Iterator
+from typing import TextIO
 
 from kto_core.errors import Cancelled, ConfigError, KTOError
+from kto_core.plain_text import json_printable, one_line, print_trace, printable
 
 OK, FAILED, USAGE, INTERRUPTED, PIPE = 0, 1, 2, 130, 141
 
@@ -23,6 +24,11 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object on stdout, everything else on stderr"
     )
+
+
+def asks_for(argv: list[str], command: str) -> bool:
+    """Whether the arguments are of this command: only its settings are looked up, so that others start quickly."""
+    return next((a for a in argv if not a.startswith("-")), None) == command
 
 
 def number(kind: type, low: float, high: float | None = None):
@@ -40,17 +46,24 @@ def number(kind: type, low: float, high: float | None = None):
 
 def say(text: str) -> None:
     """A remark for the person at the terminal."""
-    print(text, file=sys.stderr, flush=True)
+    _print(text, sys.stderr)
+
+
+def _print(text: str, file, end: str = "\n") -> None:
+    """All that the commands print as text goes through here: nothing of it is obeyed by the terminal."""
+    text, encoding = printable(text), getattr(file, "encoding", None) or "utf-8"
+    print(text.encode(encoding, "replace").decode(encoding), file=file, end=end, flush=True)
 
 
 def show(text: str, end: str = "\n") -> None:
     """The result of a command, as text."""
-    print(text, end=end, flush=True)
+    _print(text, sys.stdout, end)
 
 
 def emit(obj: dict) -> None:
     """The result of a command, as its one JSON object."""
-    print(json.dumps(obj, ensure_ascii=False, default=str), file=_stdout[-1] if _stdout else sys.stdout, flush=True)
+    text = json_printable(json.dumps(obj, ensure_ascii=False, default=str))
+    print(text, file=_stdout[-1] if _stdout else sys.stdout, flush=True)
 
 
 def guarded(args: argparse.Namespace) -> int:
@@ -86,10 +99,13 @@ def sentence(problem: Exception) -> str:
     if isinstance(problem, KTOError):
         return str(problem)
     if isinstance(problem, OSError) and problem.errno == errno.ENOSPC:
-        return "The disk is full. Make room, or move the runs with KTO_STUDIO_RUNS and the cache with KTO_STUDIO_CACHE."
+        return (
+            "The disk is full. Free up disk space, or set KTO_STUDIO_RUNS (runs) or KTO_STUDIO_CACHE (cache) to "
+            "another disk."
+        )
     if isinstance(problem, PermissionError) and problem.filename:
-        return f"{problem.filename} may not be read or written by you. Change its permissions or choose another place."
-    traceback.print_exception(problem)
+        return f"Permission denied: {problem.filename}. Change its permissions, or choose another folder."
+    print_trace(problem)
     return f"Unexpected {type(problem).__name__}: {problem}. This is a bug: please report it with the lines above."
 
 
@@ -103,7 +119,7 @@ def _clean_stdout(wanted: bool) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if own:
             sys.stdout.flush()
-            real = stack.enter_context(os.fdopen(os.dup(1), "w", encoding="utf-8"))
+            real: TextIO = stack.enter_context(os.fdopen(os.dup(1), "w", encoding="utf-8"))
             stack.callback(os.dup2, real.fileno(), 1)
             stack.callback(sys.stdout.flush)
             os.dup2(2, 1)
@@ -137,7 +153,7 @@ class Bar:
                 disable=False,
                 bar_format="{desc} {percentage:3.0f}% |{bar}| {remaining}",
             )
-        self._bar.set_description_str(text, refresh=False)
+        self._bar.set_description_str(one_line(text), refresh=False)
         self._bar.n = self._bar.n if fraction is None else round(100 * fraction, 1)
         self._bar.refresh()
 
@@ -149,19 +165,8 @@ class Bar:
             self._bar.close()
 
 
-def duration(seconds: float | None) -> str:
-    """Seconds as a person says them: ``42 s``, ``3 min 5 s``, ``2 h 10 min``; "" for None."""
-    if seconds is None:
-        return ""
-    seconds = max(0, round(seconds))
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60} s"
-    return f"{seconds // 3600} h {seconds % 3600 // 60} min"
-
-
 def table(rows: list[tuple]) -> str:
     """Rows of cells as columns, the first row as the head."""
-    widths = [max(len(str(r[i])) for r in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(str(c).ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows)
+    rows = [tuple(one_line(c) for c in r) for r in rows]
+    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows)

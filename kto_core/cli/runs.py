@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import time
 
-from kto_core.errors import ConfigError
+from kto_core.errors import RunError
 
 from . import output
 
 
 def add(commands: argparse._SubParsersAction, argv: list[str]) -> None:
     runs = commands.add_parser(
-        "runs", help="list, show, stop, resume or delete runs", description="What was trained, and what trains now."
+        "runs", help="list, show, stop, resume or delete runs", description="List and manage runs."
     )
     actions = runs.add_subparsers(metavar="ACTION", required=True)
 
@@ -22,16 +22,20 @@ def add(commands: argparse._SubParsersAction, argv: list[str]) -> None:
 
     show = _with_run(actions, "show", "settings, data, metrics and files of a run", run_show)
     output.add_json(show)
-    stop = _with_run(actions, "stop", "end a run after its step and save it", run_stop)
+    stop = _with_run(actions, "stop", "finish the current step, save, and stop", run_stop)
     stop.add_argument(
-        "--wait", type=float, default=0, metavar="SECONDS", help="wait that long for the run to end (default: do not)"
+        "--wait",
+        type=float,
+        default=0,
+        metavar="SECONDS",
+        help="wait this long for the run to stop (default: do not wait)",
     )
     output.add_json(stop)
-    resume = _with_run(actions, "resume", "go on from the last checkpoint, and follow", run_resume)
-    resume.add_argument("--queue", action="store_true", help="if another run trains now, wait for its end")
+    resume = _with_run(actions, "resume", "resume from the last checkpoint and show progress", run_resume)
+    resume.add_argument("--queue", action="store_true", help="if another run is training, wait until it ends")
     output.add_json(resume)
-    delete = _with_run(actions, "delete", "delete a run's folder for good", run_delete)
-    delete.add_argument("--yes", action="store_true", help="do not ask")
+    delete = _with_run(actions, "delete", "permanently delete a run's folder", run_delete)
+    delete.add_argument("--yes", action="store_true", help="do not ask for confirmation")
     output.add_json(delete)
 
 
@@ -43,9 +47,11 @@ def _with_run(actions, name: str, text: str, fn) -> argparse.ArgumentParser:
 
 
 def run_list(args: argparse.Namespace) -> int:
-    from kto_core import run
+    from kto_core.runs.run_list import RunList
 
-    found = [summary(r) for r in run.list_runs()]
+    known = RunList()
+    known.look(whole=True, patient=True)
+    found = [summary(r, known.brief(r)) for r in known.runs()]
     if args.json:
         output.emit({"runs": found})
     elif not found:
@@ -59,44 +65,51 @@ def run_list(args: argparse.Namespace) -> int:
 def _cells(r: dict) -> tuple:
     started = time.strftime("%Y-%m-%d %H:%M", time.localtime(r["started"])) if r["started"] else ""
     loss = "" if r["loss"] is None else f"{r['loss']:.4f}"
-    return r["id"], r["state"], f"{r['step']}/{r['total_steps'] or '?'}", loss, r["model"], started
+    model = output.one_line(r["model"], 120)
+    return r["id"], r["state"], f"{r['step']}/{r['total_steps'] or '?'}", loss, model, started
 
 
-def summary(r) -> dict:
-    """One run in short. A folder whose configuration cannot be read is shown as such, not hidden."""
-    state = r.state()
-    try:
-        config = r.config().config
-        model, preset = config.model, config.preset
-    except ConfigError:  # a hand-made or half-written folder must not hide the others
-        model, preset = "config.yaml cannot be read", None
+def summary(r, known=None) -> dict:
+    """One run in short. A folder that cannot be read is shown as such, not hidden.
+
+    Args:
+        known: its `run_list.Brief`, if there is one.
+    """
+    from kto_core.runs.run_list import brief
+
+    known = known or brief(r)
+    adapter = r.adapter
     return {
         "id": r.id,
         "path": str(r.path),
-        "state": state.state,
+        "state": known.state,
         "alive": r.alive(),
-        "step": state.step,
-        "total_steps": state.total_steps,
-        "loss": state.latest("loss"),
-        "model": model,
-        "preset": preset,
-        "started": state.started,
-        "updated": state.updated,
-        "adapter": str(r.adapter) if r.adapter else None,
-        "error": state.error,
+        "step": known.step,
+        "total_steps": known.total_steps,
+        "loss": known.loss,
+        "model": known.model,
+        "preset": known.preset,
+        "started": known.started,
+        "updated": known.updated,
+        "adapter": str(adapter) if adapter else None,
+        "error": known.error,
     }
 
 
 def run_show(args: argparse.Namespace) -> int:
-    from kto_core import run
+    from kto_core.runs import folders
 
-    r = run.find(args.name)
+    r = folders.find(args.name)
+    if problem := r.problem():
+        raise RunError(f"Run {r.id} cannot be read: {problem}. Its folder is {r.path}.")
     resolved, state = r.config(), r.state()
     shown = summary(r) | {
         "config": resolved.config.model_dump(),
         "origins": resolved.origins,
         "data": r.dataset(),
         "eta": state.eta,
+        "seconds": round(state.seconds, 3),
+        "skipped_events": state.skipped,
         "message": state.message,
         "metrics": state.metrics[-1] if state.metrics else {},
         "checkpoints": [str(p) for p in r.checkpoints()],
@@ -111,8 +124,9 @@ def run_show(args: argparse.Namespace) -> int:
     lines += [f"error    {shown['error']}"] if shown["error"] else []
     lines += [f"adapter  {shown['adapter']}"] if shown["adapter"] else []
     if data := shown["data"]:
-        report = data.get("report", data)
-        kept = [f"{report[k]:,} {k}" for k in ("kept", "desirable", "undesirable") if isinstance(report.get(k), int)]
+        report = data["report"] if isinstance(data.get("report"), dict) else data
+        words = {"kept": "kept", "desirable": "good", "undesirable": "bad"}
+        kept = [f"{report[k]:,} {word}" for k, word in words.items() if isinstance(report.get(k), int)]
         lines.append(f"data     {data.get('source') or resolved.config.data}: {', '.join(kept)}")
     lines += [
         f"metric   {k} = {v:.6g}"
@@ -121,33 +135,34 @@ def run_show(args: argparse.Namespace) -> int:
     ]
     width = max(len(k) for k in shown["config"])
     lines += [f"{k.ljust(width)}  {v}  [{resolved.origins.get(k, 'default')}]" for k, v in shown["config"].items()]
-    output.show("\n".join(lines))
+    output.show("\n".join(output.one_line(line) for line in lines))
     return output.OK
 
 
 def run_stop(args: argparse.Namespace) -> int:
-    from kto_core import run
+    from kto_core.runs import folders
 
     from .follow import wait_stopped
 
-    r = run.find(args.name)
+    r = folders.find(args.name)
     r.stop()
     if args.wait:
         wait_stopped(r, args.wait)
-    output.say(f"{r.id}: {r.state().state if args.wait else 'stops after its step and saves'}.")
+    output.say(f"{r.id}: {r.state().state if args.wait else 'is finishing its step, then saving'}.")
     if args.json:
         output.emit(summary(r))
     return output.OK
 
 
 def run_resume(args: argparse.Namespace) -> int:
-    from kto_core import run
+    from kto_core.runs import folders
+    from kto_core.training import start as starting
 
     from .follow import Interrupts, follow
 
-    r = run.find(args.name)
+    r = folders.find(args.name)
     with Interrupts() as interrupts:
-        run.resume(r, queue=args.queue)
+        starting.resume(r, queue=args.queue)
         code = follow(r, interrupts)
     if args.json:
         output.emit(summary(r))
@@ -155,19 +170,19 @@ def run_resume(args: argparse.Namespace) -> int:
 
 
 def run_delete(args: argparse.Namespace) -> int:
-    from kto_core import run
+    from kto_core.runs import folders
 
-    r = run.find(args.name)
+    r = folders.find(args.name)
     if not args.yes:
-        output.say(f"Delete {r.path} with its adapter, checkpoints and exports for good? Type yes to do it: ")
+        output.say(f"Permanently delete {r.path} with its adapter, checkpoints and exports? Type yes to confirm: ")
         try:
             answer = input()
         except EOFError:
             answer = ""
         if answer.strip().lower() != "yes":
-            output.say("Kept.")
+            output.say("Cancelled. Nothing was deleted.")
             return output.FAILED
-    r.delete()
+    folders.delete(r)
     output.say(f"Deleted {r.id}.")
     if args.json:
         output.emit({"deleted": r.id})

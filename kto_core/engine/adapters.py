@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 
-from ..errors import ModelError
+from kto_core.errors import ModelError
+
 from .reference import adapter_key
 
 
@@ -21,14 +22,14 @@ def check_adapter(model) -> None:
     head = model.get_base_model().get_output_embeddings()
     if any(p.requires_grad for p in head.parameters()) or not isinstance(head, torch.nn.Linear):
         raise ModelError(
-            "`lm_head` cannot be adapted with KTO here: log-probabilities are computed from its weight. Remove it (and "
-            "embeddings tied to it) from target_modules and modules_to_save."
+            "`lm_head` cannot be trained with the packed engine, which computes log-probs from its weight. Remove "
+            "it, and embeddings tied to it, from target_modules and modules_to_save."
         )
     if not head.weight.dtype.is_floating_point:
-        raise ModelError("The packed engine needs an output head that is not quantized. Choose engine `trl`.")
+        raise ModelError("The packed engine needs an unquantized output head (lm_head). Choose engine `trl`.")
     if others := [n for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n]:
         raise ModelError(
-            f"The packed engine trains LoRA layers only, and {others[0]} is trainable too. Remove modules_to_save, "
+            f"The packed engine trains only LoRA layers, but {others[0]} is trainable too. Remove modules_to_save, "
             "bias and trainable_token_indices from the adapter, or choose engine `trl`."
         )
 
@@ -38,7 +39,7 @@ def trainable(model) -> dict:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def alike(parameters: dict) -> None:
+def broadcast_values(parameters: dict) -> None:
     """Give every process the main one's values of these parameters, which begin as random numbers."""
     import torch.distributed as dist
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import defaultdict
+from dataclasses import replace
 
 import torch
 
-from ..errors import DataError
-from .batches import GroupLoader, Planner, planned_pairs
-from .plan import TokenRows
+from kto_core.engine.packing.batches import GroupLoader, Planner, planned_pairs
+from kto_core.engine.packing.groups import TokenRows
+from kto_core.errors import DataError
+
+from .limits import Limits
 from .reference import ReferenceScores
 
 
@@ -33,12 +36,24 @@ class Evaluation:
             known = self._planned_eval[name] = (planner, scores, dataset)
         return known[:2]
 
+    def judging_batches(self, dataset, size: int) -> list[dict]:
+        """Inputs for `prediction_step`: all rows of a data set in KL groups of about ``size`` rows over all processes,
+        their reference scored. The pairs are the same each time."""
+        rows, world = TokenRows.from_dataset(dataset), self.accelerator.num_processes
+        planner = Planner(rows, max(size, 2 * world), self.args.seed, None, self.calculate_KL)
+        plan, scores = planner.epoch(0), self._scores(rows)
+        scores.prepare(planned_pairs(planner, len(plan)), self._progress, self._cancel)
+        part, batches = slice(self.accelerator.process_index, None, world), []
+        for own, partner in map(plan.group, range(len(plan))):
+            batches.append({"rows": own[part], "partner": partner[part], "size": len(own), "planned": (rows, scores)})
+        return batches
+
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Loss and TRL's metrics over all rows, each row counted once (KL groups as in training, fixed pairs)."""
         datasets = self._eval_sets(self.eval_dataset if eval_dataset is None else eval_dataset)
         if not datasets:
-            raise DataError("There are no rows to evaluate on.")
+            raise DataError("There are no rows to evaluate.")
         results: dict[str, float] = {}
         for name, dataset in datasets.items():
             prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
@@ -69,16 +84,21 @@ class Evaluation:
     @contextlib.contextmanager
     def _eval_limits(self):
         """Smaller passes that an evaluation needed are the next one's, and not the training's."""
-        engine = self.engine
-        before = engine.token_budget, engine.scoring_tokens
-        engine.token_budget, engine.scoring_tokens = self._tokens_in_eval or before
+        engine, before = self.engine, self.engine.limits
+        tokens = before.token_budget, before.scoring_tokens
+        engine.limits = _with_tokens(before, self._tokens_in_eval or tokens)
         try:
             yield
-            self._tokens_in_eval = engine.token_budget, engine.scoring_tokens
+            self._tokens_in_eval = engine.limits.token_budget, engine.limits.scoring_tokens
         finally:
-            engine.token_budget, engine.scoring_tokens = before
+            engine.limits = _with_tokens(engine.limits, tokens)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         with torch.no_grad():
             loss = self._step(inputs, backward=False, planned=inputs["planned"], mode="eval")
         return loss, None, None
+
+
+def _with_tokens(limits: Limits, tokens: tuple[int | None, int | None]) -> Limits:
+    budget, scoring = tokens
+    return replace(limits, token_budget=budget, scoring_tokens=scoring)

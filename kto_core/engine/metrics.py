@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 
-def apart(results: list) -> tuple[float, float]:
+def reference_gap(results: list) -> tuple[float, float]:
     """How far policy and reference are apart: |difference of a row's log-probs|, the mean; and the mean of that by the
     root of a row's tokens, since what rounding does to a token goes either way."""
     rows = [(_gain(group, result).abs(), result.lengths.sqrt()) for group, result in results if group is not None]
@@ -25,7 +25,7 @@ def record(metrics: dict, results: list, beta: float, device, reduce=None) -> in
 
     Args:
         metrics: name -> list of values, TRL's ``_metrics[mode]``.
-        results: pairs of `step.Group` and `step.Result`, or (None, z0) for a process that had no rows.
+        results: pairs of `group.Group` and `group.Result`, or (None, z0) for a process that had no rows.
         reduce: sums a tensor over all processes.
 
     Returns the rows' tokens.

@@ -7,18 +7,21 @@ import contextlib
 import numpy as np
 import torch
 
-from ..errors import NotServed
-from ..out_of_memory import is_out_of_memory
-from .attention import Pass
-from .loss import Head
-from .tree import branch, build
+from kto_core.engine.layers import excerpt
+from kto_core.engine.layers.attention import Pass
+from kto_core.engine.layers.loss import Head
+from kto_core.engine.packing.tree import branch, build
+from kto_core.errors import NotServed
+from kto_core.hardware.out_of_memory import is_out_of_memory
+
+from . import limits
 
 TOKENS = 24
 REMEDY = "Choose engine `trl`."
 
 
 @contextlib.contextmanager
-def served():
+def not_served_on_error():
     """What an architecture makes fail that is unlike those we know.
 
     Raises:
@@ -32,37 +35,64 @@ def served():
         raise NotServed(f"The packed engine cannot run this model ({e}). {REMEDY}") from e
 
 
-@torch.no_grad()
 def check_head_and_attention(engine, prompt: np.ndarray) -> None:
     """Run two branches of one prompt both ways and compare the log-probabilities of every token; then each one's
-    completion after the other's prompt, which is the same one, on the keys and values that were kept.
+    completion after the other's prompt, which is the same one, on the keys and values that were kept. All in train
+    mode, as in training: what is random then differs too.
+
+    In half precision, whose noise hides much, also with a small copy of the model in float32 (`layers.excerpt`).
 
     Raises:
         NotServed: they differ by more than rounding: this architecture does something the packed passes do not know.
     """
     start = np.resize(prompt[:TOKENS], TOKENS).astype(np.int32)
     ends = [np.resize(start[::-1], TOKENS), np.resize(start[5:], TOKENS)]
+    with not_served_on_error():
+        exact = _compare(engine, start, ends)
+        if exact:
+            return
+        ids = torch.as_tensor(np.concatenate([start, *ends])).long()
+        small = excerpt.copied(engine, ids, _place(engine))
+        if small is not None:
+            model, own = small
+            start, *ends = own.cpu().numpy().astype(np.int32).reshape(3, TOKENS)
+            with torch.autocast(own.device.type, enabled=False):
+                _compare(type(engine)(model), start, ends)
+
+
+def _place(engine) -> torch.device:
+    """Where the copy has room."""
+    room = limits.available(engine.device)
+    return engine.device if 2 * excerpt.sizes(engine.layers) < room else torch.device("cpu")
+
+
+@torch.no_grad()
+def _compare(engine, start: np.ndarray, ends: list[np.ndarray]) -> bool:
+    """Whether both ways were computed in single precision or better.
+
+    Raises:
+        NotServed: see `check_head_and_attention`.
+    """
     sequences = [np.concatenate([start, end]).astype(np.int32) for end in ends]
     tree = build([s[:TOKENS] for s in sequences], [s[TOKENS:] for s in sequences])
     training = engine.model.training
-    engine.model.eval()
+    engine.model.train()
     try:
-        with served():
-            with engine.using_tree():
-                borrowed = branch(tree, [ends[1], ends[0]])
-                store, keep = {}, torch.as_tensor(borrowed.keep, device=engine.device)
-                run = Pass(tree.segments, engine.device, keep=keep, store=store)
-                hidden = engine.forward(tree.ids, tree.positions, run)
-                run.close()
-                sums = engine.branch_logps(borrowed, hidden, store)
-            head = Head.of(engine.causal)
-            with torch.autocast(engine.device.type, enabled=False):
-                ours = head.logits(hidden[torch.as_tensor(tree.scores.index)].to(head.weight.dtype)).log_softmax(-1)
-            theirs = []
-            for s in sequences:
-                ids = torch.as_tensor(s, device=engine.device)[None].long()
-                logits = engine.causal(input_ids=ids, use_cache=False).logits
-                theirs.append(logits[0, TOKENS - 1 : -1].to(ours.dtype).log_softmax(-1))
+        with engine.using_tree():
+            borrowed = branch(tree, [ends[1], ends[0]])
+            store, keep = {}, torch.as_tensor(borrowed.keep, device=engine.device)
+            run = Pass(tree.segments, engine.device, keep=keep, store=store)
+            hidden = engine.forward(tree.ids, tree.positions, run)
+            run.close()
+            sums = engine.branch_logps(borrowed, hidden, store)
+        head = Head.of(engine.causal)
+        with torch.autocast(engine.device.type, enabled=False):
+            ours = head.logits(hidden[torch.as_tensor(tree.scores.index)].to(head.weight.dtype)).log_softmax(-1)
+        theirs = []
+        for s in sequences:
+            ids = torch.as_tensor(s, device=engine.device)[None].long()
+            logits = engine.causal(input_ids=ids, use_cache=False).logits
+            theirs.append(logits[0, TOKENS - 1 : -1].to(ours.dtype).log_softmax(-1))
     finally:
         engine.model.train(training)
     theirs = torch.cat(theirs)
@@ -72,7 +102,9 @@ def check_head_and_attention(engine, prompt: np.ndarray) -> None:
     borrowed_difference = float((sums.double() - own.flip(0)).abs().max()) / TOKENS
     # half precision: random weights differ by a tenth of the spread, a wrong mask or position by all of it
     difference = max(difference, borrowed_difference)
-    if not difference <= spread * (1e-3 if hidden.dtype in (torch.float32, torch.float64) else 0.35):
+    exact = hidden.dtype in (torch.float32, torch.float64)
+    if not difference <= spread * (1e-3 if exact else 0.35):
         raise NotServed(
-            f"The packed pass does not reproduce this model (log-probabilities differ by {difference:.3g}). {REMEDY}"
+            f"The packed engine does not reproduce this model's log-probs (they differ by {difference:.3g}). {REMEDY}"
         )
+    return exact

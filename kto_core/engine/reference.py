@@ -19,14 +19,14 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import paths
-from ..errors import Cancelled, DiskError
-from ..jobs import Progress, check_cancel, no_progress
+from kto_core import jobs, paths
+from kto_core.errors import Cancelled, DiskError
+from kto_core.jobs import Progress, check_cancel, no_progress
 
 logger = logging.getLogger(__name__)
-FORMAT = b"kto-reference-1"
+FORMAT = b"kto-reference-2"
 LOOKUP = 500  # keys of one query
-STOPPED = b"stopped"  # no key is as short
+PHASE = "Computing reference log-probs"  # how the progress begins
 NO_NUMBERS = {
     "architectures", "attn_implementation", "output_attentions", "output_hidden_states", "quantization_config",
     "return_dict", "transformers_version", "use_cache",
@@ -62,7 +62,7 @@ class ReferenceCache:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as e:
-            raise DiskError(f"The cache folder {self.path.parent} cannot be made ({e.strerror}).") from e
+            raise DiskError(f"The cache folder {self.path.parent} cannot be created ({e.strerror}).") from e
 
     @contextlib.contextmanager
     def _open(self):
@@ -85,14 +85,16 @@ class ReferenceCache:
                     marks = ",".join("?" * len(part))
                     found.update(db.execute(f"SELECT key, value FROM logps WHERE key IN ({marks})", part))
         except sqlite3.OperationalError as e:  # locked, or no permission
-            logger.warning("The reference cache %s cannot be read (%s); its values are computed again.", self.path, e)
+            logger.warning(
+                "The reference log-prob cache %s is unreadable (%s). Its values are recomputed.", self.path, e
+            )
             return {}
         except sqlite3.DatabaseError:
             self._discard()
             return {}
         return {k: v for k, v in found.items() if isinstance(v, float) and math.isfinite(v)}
 
-    def put(self, values: dict[bytes, float]) -> None:
+    def add(self, values: dict[bytes, float]) -> None:
         """Add values, all of them or none. A disk that is full or read-only costs the cache, not the run."""
         rows = [(k, float(v)) for k, v in values.items() if math.isfinite(v)]
         for attempt in (1, 2):
@@ -101,14 +103,14 @@ class ReferenceCache:
                     db.executemany("INSERT OR REPLACE INTO logps VALUES (?, ?)", rows)
                 return
             except sqlite3.OperationalError as e:
-                logger.warning("Reference log-probs are not kept on disk: %s (%s).", e, self.path)
+                logger.warning("Reference log-probs cannot be saved to disk: %s (%s).", e, self.path)
                 return
             except sqlite3.DatabaseError:
                 if attempt == 1:
                     self._discard()
 
     def _discard(self) -> None:
-        logger.warning("The reference cache %s is damaged; it is deleted and filled again.", self.path)
+        logger.warning("The reference log-prob cache %s is damaged. It is deleted and rebuilt.", self.path)
         for file in self.path.parent.glob("logps.sqlite*"):
             file.unlink(missing_ok=True)
 
@@ -164,7 +166,7 @@ def adapter_key(state: dict, scaling: dict) -> bytes:
 
 
 def _frozen(model):
-    from .sharding import whole
+    from kto_core.engine.layers.sharding import whole
 
     for name, p in sorted(model.named_parameters(remove_duplicate=False), key=lambda item: item[0]):
         if "lora_" in name or ".original_module." in name or ".modules_to_save." in name:
@@ -208,7 +210,8 @@ class ReferenceScores:
     Args:
         rows: the data set (`plan.TokenRows`). scorer: `scorer_key`. cache: None keeps nothing on disk.
         score: ``score(prompts, completions, done)`` computes log-probs under the reference (`step.Engine.score`).
-        share: with several processes, ``share(n)`` gives this one's slice of n and a function that joins their dicts.
+        share: with several processes, ``share(n)`` gives this one's slice of n and a function that joins their
+            dicts: ``(values, whether this one was stopped)`` -> ``(all values, whether one of them was)``.
     """
 
     def __init__(self, rows, scorer: bytes, score, cache: ReferenceCache | None, share=None):
@@ -230,7 +233,7 @@ class ReferenceScores:
         keys = {p: row_key(self.scorer, self.rows.prompt[p[0]], self.rows.completion[p[1]]) for p in pairs}
         known = self.cache.get(keys.values()) if self.cache else {}
         if self.share is not None:  # one process may have found what another wrote just now: all go by the same list
-            known = self.share(0)[1](known)
+            known, _ = self.share(0)[1](known, False)
         missing: dict[bytes, tuple[int, int]] = {}
         for pair, key in keys.items():
             if key in known:
@@ -251,13 +254,13 @@ class ReferenceScores:
             batch = {todo[i][0]: float(v) for i, v in zip(numbers, values, strict=True)}
             fresh.update(batch)
             if self.cache:
-                self.cache.put(batch)
-            progress(done_count / len(todo), f"Scoring the reference model: {done_count:,} of {len(todo):,} answers")
+                self.cache.add(batch)
+            progress(done_count / len(todo), f"{PHASE}: {done_count:,} of {len(todo):,} answers")
             check_cancel(cancel)
 
         if missing:  # a process without a part takes part all the same: the others may gather layers from it
             if todo:
-                progress(0.0, f"Scoring the reference model: 0 of {len(todo):,} answers")
+                progress(0.0, f"{PHASE}: 0 of {len(todo):,} answers")
             prompts = [self.rows.prompt[p[0]] for _, p in todo]
             completions = [self.rows.completion[p[1]] for _, p in todo]
             try:
@@ -265,9 +268,9 @@ class ReferenceScores:
             except Cancelled as e:
                 stopped = e
         if join is not None:  # also when stopped: the others wait here, and then all of them stop
-            fresh = join(fresh | ({STOPPED: 0.0} if stopped else {}))
-            if fresh.pop(STOPPED, None) is not None and stopped is None:
-                stopped = Cancelled("Stopped as you asked.")
+            fresh, one_stopped = join(fresh, stopped is not None)
+            if one_stopped and stopped is None:
+                stopped = Cancelled(jobs.STOPPED)
         if stopped is not None:
             raise stopped
         for pair, key in keys.items():

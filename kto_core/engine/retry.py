@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..out_of_memory import is_out_of_memory
+from kto_core.hardware.out_of_memory import is_out_of_memory
 
 
 class Sums:
@@ -18,7 +18,7 @@ class Sums:
     def __init__(self, reduce: Callable[[torch.Tensor], torch.Tensor]):
         self._reduce, self._known, self._next = reduce, [], 0
 
-    def again(self) -> None:
+    def restart(self) -> None:
         self._next = 0
 
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -9,52 +9,21 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import replace
 
 import numpy as np
 import torch
 import torch.utils.checkpoint
 
-from ..errors import Cancelled
-from ..out_of_memory import is_out_of_memory
-from . import attention, lean, sharding, tree
-from .loss import Head, kto_losses, sequence_sums, token_logps
-from .passes import y_tokens
+from kto_core.engine.layers import attention, lean, sharding
+from kto_core.engine.layers.loss import Head, sequence_sums, token_logps
+from kto_core.engine.packing import tree
+from kto_core.engine.packing.passes import y_tokens
+from kto_core.errors import Cancelled
+from kto_core.hardware.out_of_memory import is_out_of_memory
 
-STOP = 2**31  # more than there are passes
-
-
-@dataclass
-class Group:
-    """One KL group. Lists of int32 arrays; ``borrowed[i]`` is row i's y' (None: the loss has no KL).
-
-    ``labels`` bool, ``ref`` and ``ref_kl`` fp32 ``[n]`` on the model's device.
-    """
-
-    prompts: list[np.ndarray]
-    completions: list[np.ndarray]
-    borrowed: list[np.ndarray] | None
-    labels: torch.Tensor
-    ref: torch.Tensor
-    ref_kl: torch.Tensor | None
-
-
-@dataclass
-class Result:
-    """``loss``: this group's share of the step's loss. ``logps`` ``[n]`` in the group's order; ``entropy`` and
-    ``mean_logits``: sums over each row's completion tokens. ``tokens``: real tokens of the rows; ``packed``: tokens
-    that the policy pass computed."""
-
-    loss: torch.Tensor
-    z0: torch.Tensor
-    logps: torch.Tensor
-    entropy: torch.Tensor
-    mean_logits: torch.Tensor
-    lengths: torch.Tensor
-    tokens: int
-    packed: int
-    passes: int
+from .group import Group, Objective, Result, Work
+from .limits import Limits
 
 
 class Engine:
@@ -62,13 +31,7 @@ class Engine:
 
     Args:
         model: a causal LM or a PeftModel over one.
-        token_budget: packed tokens of one pass with gradients; None: everything in one. ``scoring_tokens``: of one
-            without, the same unless set.
-        checkpoint_layers: decoder layers (from the first) that are computed again in the backward to save memory.
-
-    Where ``needed`` is set (tokens of a pass -> layers it has to compute again), each pass with gradients sets
-    ``checkpoint_layers`` by it, to ``least_layers`` at least. ``offload``: the inputs of layers that are computed again
-    wait for their backward in main memory.
+        token_budget, checkpoint_layers: of its ``limits`` at first; ``scoring_tokens`` is the same as ``token_budget``.
     """
 
     def __init__(self, model, token_budget: int | None = None, checkpoint_layers: int = 0):
@@ -78,31 +41,28 @@ class Engine:
         self.causal = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.decoder = getattr(self.causal, self.causal.base_model_prefix)
         self.device = self.causal.get_input_embeddings().weight.device
-        self.token_budget = self.scoring_tokens = token_budget
         self.divided = sharding.is_divided(self.decoder)
         self.layers = [m for m in self.decoder.modules() if isinstance(m, GradientCheckpointingLayer)]
-        self.offload = False
-        self.checkpoint_layers = checkpoint_layers
-        self.needed: Callable[[int], int] | None = None
-        self.least_layers = 0
+        self.limits = Limits(token_budget, token_budget, checkpoint_layers)
         self._configs = attention.configs(model)
         self.lean = lean.lean_forwards(self.decoder)
 
     @property
-    def checkpoint_layers(self) -> int:
-        return self._checkpointed
+    def limits(self) -> Limits:
+        """How batches are cut now. Those that are set recompute at most as many layers as there are."""
+        return self._limits
 
-    @checkpoint_layers.setter
-    def checkpoint_layers(self, count: int) -> None:
-        self._checkpointed = min(count, len(self.layers))
+    @limits.setter
+    def limits(self, limits: Limits) -> None:
+        self._limits = replace(limits, checkpoint_layers=min(limits.checkpoint_layers, len(self.layers)))
         for i, layer in enumerate(self.layers):
-            layer.gradient_checkpointing = i < self._checkpointed
-            layer._gradient_checkpointing_func = self._again
+            layer.gradient_checkpointing = i < self._limits.checkpoint_layers
+            layer._gradient_checkpointing_func = self._recomputed
 
-    def _again(self, layer: Callable, *inputs):
+    def _recomputed(self, layer: Callable, *inputs):
         """Run a layer that is computed again in the backward."""
         waiting = contextlib.nullcontext()
-        if self.offload:  # catches what the checkpoint saves, its inputs; inside, its own hooks come first
+        if self.limits.offload:  # catches what the checkpoint saves, its inputs; inside, its own hooks come first
             waiting = torch.autograd.graph.save_on_cpu(pin_memory=self.device.type == "cuda")
         with waiting:  # there is no dropout to repeat
             return torch.utils.checkpoint.checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
@@ -121,9 +81,9 @@ class Engine:
 
     # Divided layers are gathered by all processes together, so each runs as many passes as the one that has most.
 
-    def together(self, number: int) -> int:
-        """The largest of all processes' numbers where layers are divided; else the own one."""
-        return sharding.most(number, self.device) if self.divided else number
+    def together(self, *numbers: int) -> list[int]:
+        """Of each number the largest that a process has, where layers are divided; else the own ones."""
+        return sharding.largest(list(numbers), self.device) if self.divided else list(numbers)
 
     def _along(self, backward: bool = False) -> torch.Tensor:
         """A pass of one token that changes nothing, for a process that has no rows left."""
@@ -135,7 +95,7 @@ class Engine:
 
     def stand_by(self, z0: Callable, *, kl: bool, backward: bool, autocast: Callable = contextlib.nullcontext):
         """Take part in `run` with no rows at all. ``z0()`` takes part in the sum of z0; its value is returned."""
-        count, value = self.together(0), None
+        (count,), value = self.together(0), None
         with self.using_tree(), torch.set_grad_enabled(backward):
             if kl and count > 1:
                 with autocast():
@@ -169,7 +129,10 @@ class Engine:
         todo = deque(tree.packs(prompts, completions, np.zeros(len(prompts), int), order, budget) if order else [])
         stopped = None
         with self.using_tree():
-            while (left := self.together(STOP if stopped else len(todo))) and left < STOP:
+            while True:
+                left, stop = self.together(len(todo), stopped is not None)
+                if stop or not left:
+                    break
                 if not todo:
                     self._along()
                     continue
@@ -211,11 +174,8 @@ class Engine:
     def run(
         self,
         group: Group,
+        objective: Objective,
         *,
-        beta: float,
-        desirable_weight: float,
-        undesirable_weight: float,
-        loss_type: str = "kto",
         rows: int | None = None,
         backward: Callable[[torch.Tensor], None] | None = None,
         reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
@@ -229,58 +189,83 @@ class Engine:
             autocast: a context for the forward passes.
         """
         n = len(group.prompts)
-        rows = rows or n
-        kl = group.borrowed is not None and loss_type == "kto"
+        kl = group.borrowed is not None and objective.loss_type == "kto"
         extra = [y_tokens(len(b)) for b in group.borrowed] if kl else [0] * n
         order = tree.sorted_by_prefix(group.prompts, group.completions, range(n))
-        passes = tree.packs(group.prompts, group.completions, extra, order, self.token_budget)
-        loss_of = partial(
-            kto_losses, beta=beta, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight,
-            loss_type=loss_type,
-        )  # fmt: skip
-        count = self.together(len(passes))
-        z0 = torch.zeros((), device=self.device)
-        totals, packed, loss = [None, None, None], 0, 0.0
+        passes = tree.packs(group.prompts, group.completions, extra, order, self.limits.token_budget)
+        work = Work(group, objective, rows or n, kl, extra, passes, backward, reduce, autocast)
+        (count,) = self.together(len(passes))
         with self.using_tree(), torch.set_grad_enabled(backward is not None):
-            if kl and count > 1:
-                with autocast():
-                    values = self.score(group.prompts, group.borrowed, self.scoring_tokens)
-                z0 = self._z0(self._tensor(values), group.ref_kl, reduce)
-            for numbers in passes:
-                with autocast():
-                    t = tree.build([group.prompts[i] for i in numbers], [group.completions[i] for i in numbers])
-                    branches = store = keep = None
-                    if kl and count == 1:
-                        branches = tree.branch(t, [group.borrowed[i] for i in numbers])
-                        store, keep = {}, self._tensor(branches.keep)
-                    if self.needed is not None and backward is not None:
-                        tokens = len(t) + (sum(extra[i] for i in numbers) if count == 1 else 0)
-                        self.checkpoint_layers = max(self.least_layers, self.needed(tokens))
-                    run = attention.Pass(t.segments, self.device, keep=keep, store=store)
-                    hidden = self.forward(t.ids, t.positions, run)
-                    run.close()
-                    if branches is not None:
-                        values = self.branch_logps(branches, hidden, store)
-                        z0 = self._z0(values, group.ref_kl[self._tensor(np.array(numbers))], reduce)
-                        del store
-                    sums = self._sums(hidden, t.scores, stats=True)
-                place = self._tensor(np.array(numbers))
-                losses = loss_of(sums[0], group.ref[place].to(sums[0].dtype), z0, group.labels[place])
-                part = losses.sum() / rows
-                if backward is not None:
-                    backward(part)
-                loss = loss + part.detach()
-                for i, values in enumerate(sums):
-                    if totals[i] is None:
-                        totals[i] = torch.empty(n, dtype=values.dtype, device=self.device)
-                    totals[i][place] = values.detach()
-                packed += len(t)
-            for _ in range(count - len(passes)):
-                with autocast():
-                    self._along(backward is not None)
+            z0 = self._run_whole(work) if count == 1 else self._run_in_passes(work, count)
         lengths = self._tensor([len(c) for c in group.completions])
         tokens = int(sum(len(p) + len(c) for p, c in zip(group.prompts, group.completions, strict=True)))
-        return Result(loss, z0, *totals, lengths, tokens, packed, len(passes))
+        return Result(work.loss, z0, *work.totals, lengths, tokens, work.packed, len(passes))
+
+    def _run_whole(self, work: Work) -> torch.Tensor:
+        """The group in one pass, whose kept keys and values the y' run on. Returns z0."""
+        (numbers,) = work.passes
+        z0 = torch.zeros((), device=self.device)
+        with work.autocast():
+            t = work.build_tree(numbers)
+            branches = store = keep = None
+            if work.kl:
+                branches = tree.branch(t, [work.group.borrowed[i] for i in numbers])
+                store, keep = {}, self._tensor(branches.keep)
+            self._recompute_as_needed(work, len(t) + sum(work.borrowed_tokens))
+            hidden = self._hidden(t, keep, store)
+            if branches is not None:
+                values = self.branch_logps(branches, hidden, store)
+                z0 = self._z0(values, work.group.ref_kl[self._tensor(np.array(numbers))], work.reduce)
+                del store
+            sums = self._sums(hidden, t.scores, stats=True)
+        self._finish_pass(work, numbers, len(t), sums, z0)
+        return z0
+
+    def _run_in_passes(self, work: Work, count: int) -> torch.Tensor:
+        """z0 of the whole group without gradients, then pass by pass; ``count`` of them, with those of one token for a
+        process that has fewer. Returns z0."""
+        z0 = torch.zeros((), device=self.device)
+        if work.kl:
+            with work.autocast():
+                values = self.score(work.group.prompts, work.group.borrowed, self.limits.scoring_tokens)
+            z0 = self._z0(self._tensor(values), work.group.ref_kl, work.reduce)
+        for numbers in work.passes:
+            with work.autocast():
+                t = work.build_tree(numbers)
+                self._recompute_as_needed(work, len(t))
+                sums = self._sums(self._hidden(t), t.scores, stats=True)
+            self._finish_pass(work, numbers, len(t), sums, z0)
+        for _ in range(count - len(work.passes)):
+            with work.autocast():
+                self._along(work.backward is not None)
+        return z0
+
+    def _recompute_as_needed(self, work: Work, tokens: int) -> None:
+        """As many layers as a pass of so many tokens has to compute again in its backward."""
+        if self.limits.needed is not None and work.backward is not None:
+            layers = max(self.limits.least_layers, self.limits.needed(tokens))
+            self.limits = replace(self.limits, checkpoint_layers=layers)
+
+    def _hidden(self, t: tree.Tree, keep=None, store=None) -> torch.Tensor:
+        """Of a pass over the tree, ``[T, hidden]``; keys and values of the positions ``keep`` go into ``store``."""
+        run = attention.Pass(t.segments, self.device, keep=keep, store=store)
+        hidden = self.forward(t.ids, t.positions, run)
+        run.close()
+        return hidden
+
+    def _finish_pass(self, work: Work, numbers: list[int], packed: int, sums: list[torch.Tensor], z0) -> None:
+        """Loss and backward of the rows of a pass of ``packed`` tokens; what they gave goes to the ``work``."""
+        group, place = work.group, self._tensor(np.array(numbers))
+        losses = work.objective.losses(sums[0], group.ref[place].to(sums[0].dtype), z0, group.labels[place])
+        part = losses.sum() / work.rows
+        if work.backward is not None:
+            work.backward(part)
+        work.loss = work.loss + part.detach()
+        for i, values in enumerate(sums):
+            if work.totals[i] is None:
+                work.totals[i] = torch.empty(len(group.prompts), dtype=values.dtype, device=self.device)
+            work.totals[i][place] = values.detach()
+        work.packed += packed
 
     @torch.no_grad()
     def branch_logps(self, branches: tree.Branches, hidden, store) -> torch.Tensor:

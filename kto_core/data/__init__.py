@@ -1,0 +1,1 @@
+"""From files to rows, from rows to token ids."""

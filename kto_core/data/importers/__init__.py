@@ -1,0 +1,1 @@
+"""Feedback that other programs export becomes plain records, one small importer for each program."""

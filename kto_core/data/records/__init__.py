@@ -1,0 +1,1 @@
+"""A record, as people write it, becomes a row."""

@@ -1,0 +1,1 @@
+"""Rows into groups, trees and passes; no torch."""

@@ -1,0 +1,51 @@
+"""Which architectures the packed engine serves. Imports nothing of the project."""
+
+from __future__ import annotations
+
+MIXTURES = ("gpt_oss",)  # mixtures of experts that are served: a token's experts do not depend on its neighbours
+
+
+def available(hf_config, max_length: int | None = None) -> tuple[bool, str]:
+    """Whether the packed engine serves a model with this transformers config, and if not, why in one sentence.
+
+    Args:
+        hf_config: a transformers PretrainedConfig. max_length: longest row in tokens, where it is known.
+    """
+    config, name = hf_config, hf_config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        return False, f"{name} is an encoder-decoder, and the packed engine supports decoder-only models."
+    if config.get_text_config() is not config:
+        return False, f"{name} also takes images or audio, and the packed engine supports text models only."
+    experts = ("num_local_experts", "num_experts", "n_routed_experts")
+    if any((getattr(config, key, 0) or 0) > 1 for key in experts) and name not in MIXTURES:
+        return False, (
+            f"{name} is a mixture-of-experts model, and gpt-oss is the only one that the packed engine supports."
+        )
+    kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
+    if kinds or name in ("mamba", "mamba2", "rwkv", "recurrent_gemma"):
+        kind = ", ".join(sorted(kinds)) or "recurrent layers"
+        return False, f"{name} has {kind.replace('_', ' ')}, which the packed engine does not support."
+    if getattr(config, "use_bidirectional_attention", False):
+        return False, f"{name} uses bidirectional attention, which the packed engine does not support."
+    rope = getattr(config, "rope_parameters", None) or {}
+    ropes = [rope] if "rope_type" in rope else [r for r in rope.values() if isinstance(r, dict)]
+    for r in ropes:
+        key = "original_max_position_embeddings"
+        limit = r.get(key) or getattr(config, key, None) or config.max_position_embeddings
+        # a prompt is also followed by another row's completion: up to twice max_length
+        if r.get("rope_type") in ("dynamic", "longrope") and (max_length is None or 2 * max_length > limit):
+            return False, (
+                f"{name} changes its position encoding beyond {limit} tokens, so rows in one pass would affect each "
+                f"other. Set max_length to {limit // 2} or less to use the packed engine."
+            )
+    if not ropes:
+        return False, f"{name} has no rotary position embeddings, which the packed engine needs."
+    try:
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    except KeyError:
+        return False, f"transformers has no causal language model for {name}."
+    if not getattr(model_class, "_supports_attention_backend", False):
+        return False, f"{name} has its own attention implementation, which the packed engine cannot replace."
+    return True, ""

@@ -1,0 +1,1 @@
+"""GGUF files: written, read, checked in llama.cpp."""

@@ -1,0 +1,1 @@
+"""GPUs, who uses them, and what happens when memory runs out."""

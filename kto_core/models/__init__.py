@@ -1,0 +1,1 @@
+"""Where a base model is, how big it is, how it is loaded."""

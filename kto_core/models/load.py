@@ -1,0 +1,345 @@
+"""Base model, tokenizer, adapter: loaded, and given back. Knows nothing of data sets, losses or runs.
+
+Safetensors only; code that ships with a model is never run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kto_core.errors import ConfigError, KTOError, ModelError, first_line
+from kto_core.guards.libraries import one_model_at_a_time, transformers_ready
+from kto_core.hardware.out_of_memory import at_loading, is_out_of_memory
+from kto_core.jobs import Progress, no_progress
+
+from . import adapter_gate, model_gate, trial
+from .facts import DEMO, local_folder, model_facts, public_name, resolve_model, tokenizer_folder
+from .hub_files import cached_folder
+from .model_fit import build, require_fit, unused
+from .tokenizer import open_tokenizer
+
+if TYPE_CHECKING:
+    from kto_core.config.run_config import RunConfig
+
+EXPERTS = r".*\.experts\..*"  # their modules, whatever the architecture calls them
+
+
+def load_tokenizer(name: str, progress: Progress = no_progress, cancel: threading.Event | None = None):
+    """Tokenizer of ``name`` with a pad token and a chat template (ChatML where the model brings none).
+
+    One that this machine has not seen yet is tried in a child process first (`model_trial`).
+
+    Raises:
+        ModelError: there is none, it would need code of its own, or it takes more time or memory than any should.
+        Cancelled: ``cancel`` was set.
+    """
+    folder = tokenizer_folder(name, progress, cancel)
+    if name != DEMO:  # ours is made here, from a file whose hash is known
+        trial.require_harmless(folder, progress, cancel)
+    return open_tokenizer(folder, name)
+
+
+def training_dtype(config: RunConfig):
+    """torch.dtype for weights and activations: bf16 where the card has it, else fp16; fp32 on a CPU."""
+    import torch
+
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    if not torch.cuda.is_available():
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def training_device():
+    """torch.device of this process: its GPU, else the CPU."""
+    import os
+
+    import torch
+
+    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+
+
+def load_base(
+    config: RunConfig,
+    *,
+    for_training: bool,
+    progress: Progress = no_progress,
+    cancel: threading.Event | None = None,
+    in_main_memory: bool = False,
+):
+    """The base model of ``config``, on the GPU if there is one, without an adapter.
+
+    4-bit (NF4 or as configured, double quantization) when ``config.load_in_4bit``, or as the checkpoint is quantized.
+
+    Args:
+        in_main_memory: not on the GPU: the model is to be divided over several (`engine.sharding`).
+
+    Raises:
+        ModelError: it cannot be found or loaded.
+        HardwareError: it does not fit into the GPU's memory.
+    """
+    import torch
+
+    from kto_core.hardware.gpus import prepare
+
+    transformers_ready()
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.utils import logging as transformers_logging
+
+    prepare()
+
+    folder = local_folder(config.model, progress, cancel)
+    dtype = training_dtype(config)
+    quantized = model_facts(str(folder)).quantized
+    if for_training:
+        require_trainable(config, folder)
+    gpu = torch.cuda.is_available()
+    device = "cpu" if in_main_memory else str(training_device())
+    kwargs = {"dtype": dtype, "device_map": {"": device}, "use_safetensors": True, "trust_remote_code": False}
+    if config.load_in_4bit and not quantized:
+        kwargs["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=config.bnb_4bit_quant_type,
+            bnb_4bit_use_double_quant=config.bnb_4bit_use_double_quant,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    elif not gpu and not quantized:
+        kwargs.pop("device_map")  # plain weights on the CPU need no dispatch
+
+    for sentence in remarks(config.model):
+        progress(None, sentence)
+    progress(None, f"Loading {config.model}…")
+    transformers_logging.disable_progress_bar()
+    try:
+        model = load_whole(AutoModelForCausalLM, folder, **kwargs)
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as e:
+        if is_out_of_memory(e):
+            raise at_loading(config.model) from e
+        raise ModelError(f"{config.model} cannot be loaded: {first_line(e)}") from e
+    except Exception as e:  # safetensors_rust.SafetensorError derives from Exception only
+        if "afetensor" not in type(e).__name__:
+            raise
+        raise ModelError(
+            f"A weight file of {config.model} is damaged ({first_line(e)}). Delete it and download it again."
+        ) from e
+    if quantized and dtype != torch.bfloat16:  # the checkpoint asks for bf16: emulated on old cards, coarse in fp32
+        for module in model.modules():
+            if getattr(module, "compute_dtype", None) == torch.bfloat16:
+                module.compute_dtype = dtype
+    if for_training:
+        keep_weights_trainable(model)
+    model.config.use_cache = not for_training
+    model.config._name_or_path = model.name_or_path = public_name(config.model)
+    model.train(for_training)
+    return model
+
+
+def require_trainable(config: RunConfig, folder: Path) -> None:
+    """The formats of ``config``'s model that cannot be trained. ``folder``: with its config.json.
+
+    Raises:
+        ModelError: MXFP4, or experts that 4-bit loading would leave in 16 bits.
+    """
+    from kto_core.hardware.gpus import GIB
+
+    from . import gpt_oss
+
+    facts = model_facts(str(folder))
+    if facts.quantized == "mxfp4":
+        raise ModelError(
+            f"{config.model} is stored in MXFP4, which cannot be trained directly and needs four times the memory "
+            "when unpacked. Use the bitsandbytes version, for gpt-oss-20b unsloth/gpt-oss-20b-unsloth-bnb-4bit."
+        )
+    in_16_bits = facts.shape.experts and config.load_in_4bit and not facts.quantized
+    if in_16_bits and (fused := gpt_oss.fused_experts(folder)):
+        raise ModelError(
+            f"The experts of {config.model} ({fused / 1e9:.1f} billion parameters) cannot be quantized to 4-bit "
+            f"while loading, and need {2 * fused / GIB:.0f} GiB in 16-bit. Use a checkpoint with 4-bit experts (for "
+            "gpt-oss-20b unsloth/gpt-oss-20b-unsloth-bnb-4bit), or set load_in_4bit to false."
+        )
+
+
+def without_weights(config: RunConfig, folder: Path):
+    """The model of ``config``, with a fresh adapter unless it begins from one, on torch's device ``meta``: no memory.
+
+    Args:
+        folder: with its config.json.
+
+    Raises:
+        ModelError: as `load_base`, as far as can be told without weights.
+        ConfigError: it has none of the ``target_modules``, or ``lm_head`` is one.
+    """
+    import torch
+
+    from . import gpt_oss
+
+    transformers_ready()
+    from peft import get_peft_model
+
+    require_trainable(config, folder)
+    layout = partial(gpt_oss.layout, folder) if model_facts(str(folder)).model_type == "gpt_oss" else None
+    with one_model_at_a_time:
+        _, model = build(folder, layout or contextlib.nullcontext)
+    if config.adapter:
+        return model
+    with clear_errors(config), torch.device("meta"):
+        return get_peft_model(model, lora_config(config))
+
+
+@contextlib.contextmanager
+def clear_errors(config: RunConfig):
+    """PEFT's complaint about targets that the model does not have, as the user's mistake it is."""
+    try:
+        yield
+    except ValueError as e:
+        if "arget modules" not in str(e) and "target_modules" not in str(e):
+            raise
+        raise ConfigError(
+            f"target_modules: {config.model} has no modules named {config.target_modules}. Try all-linear."
+        ) from e
+
+
+def keep_weights_trainable(model) -> None:
+    """bitsandbytes repacks 4-bit weights on some CPUs at the first pass in eval mode, and the repacked ones pass no
+    gradient on. Undo it and prevent it."""
+    for module in model.modules():
+        if not hasattr(module, "support_avx512bf16_for_cpu"):
+            continue
+        module.support_avx512bf16_for_cpu = False
+        weight = module.weight
+        if getattr(weight.quant_state, "packing_format_for_cpu", False):
+            from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as unpack
+
+            weight.data, weight.quant_state = unpack(weight.data, weight.quant_state)
+
+
+def load_whole(kind, folder: Path, **kwargs):
+    """``kind.from_pretrained``, with every weight of the model in the checkpoint."""
+    from . import gpt_oss
+
+    ours = model_facts(str(folder)).model_type == "gpt_oss"
+    if ours:
+        gpt_oss.register()
+    layout = partial(gpt_oss.layout, folder) if ours else contextlib.nullcontext
+    with one_model_at_a_time:
+        require_fit(folder, layout)
+    for attention in (gpt_oss.ATTENTION,) if ours else _attentions(folder):
+        try:
+            with one_model_at_a_time, layout():
+                model, info = kind.from_pretrained(
+                    folder, attn_implementation=attention, output_loading_info=True, **kwargs
+                )
+            break
+        except ValueError as e:
+            if attention == "eager" or "scaled_dot_product_attention" not in str(e):
+                raise
+    missing = sorted(info["missing_keys"])
+    for name, module in model.named_modules():  # 4-bit weights say nothing without their scales
+        if type(module).__name__ == "Linear4bit" and getattr(module.weight, "quant_state", None) is None:
+            missing.append(f"{name}.weight.quant_state")
+    if missing:
+        raise ModelError(
+            f"{len(missing)} weights are missing from {folder.name} ({', '.join(missing[:3])}…) and would be random. "
+            "The download is incomplete, or the format is not supported. Download it again, or choose another model."
+        )
+    if sentence := unused(info["unexpected_keys"]):
+        logging.getLogger(__name__).warning("%s: %s", folder.name, sentence)
+    return model
+
+
+def _attentions(folder: Path) -> tuple[str, ...]:
+    """What to try, by transformers' names: SDPA, which leaves a soft cap of the attention's logits out without a word,
+    only where the model has none."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+    return ("eager",) if getattr(config, "attn_logit_softcapping", None) else ("sdpa", "eager")
+
+
+def remarks(name: str) -> list[str]:
+    """What is said of a model before it is loaded: keys of its files that choose code, and are therefore not used."""
+    where = resolve_model(name)
+    folder = Path(where) if Path(where).is_dir() else cached_folder(where)
+    found = model_gate.dropped(folder) if folder else []
+    return [f"Not used of {name}, because it chooses code: {', '.join(found)}."] if found else []
+
+
+def lora_config(config: RunConfig):
+    """PEFT's LoraConfig of a run. ``all-linear`` leaves experts alone, which are thousands of linear layers.
+
+    Raises:
+        ConfigError: ``lm_head`` is a target (log-probabilities are computed from its weight: it would never train).
+    """
+    from peft import LoraConfig, TaskType
+
+    targets = config.target_modules
+    names = [targets] if isinstance(targets, str) else list(targets)
+    if any(name.split(".")[-1] == "lm_head" for name in names):
+        raise ConfigError("target_modules: `lm_head` cannot be trained with KTO. Remove it.")
+    return LoraConfig(
+        r=config.r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=targets if isinstance(targets, str) else names,
+        exclude_modules=EXPERTS if targets == "all-linear" and model_facts(config.model).shape.experts else None,
+        bias="none",
+        task_type=TaskType.CAUSAL_LM,
+    )
+
+
+def add_adapter(model, config: RunConfig):
+    """A fresh LoRA adapter on ``model``, seeded, its weights in fp32. Returns the PeftModel.
+
+    Raises:
+        ConfigError: ``lm_head`` is a target.
+        ModelError: no target module exists in this model.
+    """
+    from peft import get_peft_model
+    from transformers import set_seed
+
+    lora = lora_config(config)
+    set_seed(config.seed)
+    try:
+        return get_peft_model(model, lora, autocast_adapter_dtype=True)
+    except ValueError as e:
+        raise ModelError(f"The adapter does not fit this model: {first_line(e)}. Check target_modules.") from e
+
+
+def load_adapter(model, folder: str | Path, *, trainable: bool = False):
+    """The adapter in ``folder`` on ``model`` (fp32 weights). Returns the PeftModel.
+
+    Raises:
+        ModelError: the folder has no safetensors adapter, or one of another base model.
+    """
+    from peft import PeftModel
+
+    folder = Path(folder)
+    adapter_gate.require_adapter(folder, str(getattr(model, "name_or_path", "")))
+    try:
+        return PeftModel.from_pretrained(model, str(adapter_gate.opened(folder)), is_trainable=trainable)
+    except KTOError:
+        raise
+    except Exception as e:  # shapes (RuntimeError), targets (ValueError), a cut file (SafetensorError)
+        raise ModelError(f"The adapter in {folder} cannot be loaded on this base model: {first_line(e)}") from e
+
+
+def free_memory() -> None:
+    """Give memory back after a model was dropped: the GPU's cache, and main memory that torch and C keep."""
+    import ctypes
+    import gc
+    import sys
+
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # glibc only
+        ctypes.CDLL(None).malloc_trim(0)
+    if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_initialized():
+        clear_workspaces = getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)
+        with contextlib.suppress(RuntimeError):  # a device in error has nothing to give
+            clear_workspaces()  # cuBLAS keeps one for every thread and stream that has multiplied
+            torch.cuda.empty_cache()
+            getattr(torch.accelerator, "empty_host_cache", lambda: None)()  # page-locked; not in every torch

@@ -1,0 +1,223 @@
+"""The sizes of a decoder, from its config.json or a table of well-known models: what the memory plan counts with.
+
+Never touches the network and never reads weights. Knows nothing of GPUs, training or configuration.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from kto_core.errors import ModelError
+
+from .model_gate import read_object
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+FFN = ("gate_proj", "up_proj", "down_proj")
+FUSED = {"qkv_proj": ATTENTION[:3], "gate_up_proj": FFN[:2]}  # Phi-3 stores several projections as one
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a decoder-only transformer. ``source`` says where they come from; ``exact`` whether they are its own."""
+
+    architecture: str
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    tied: bool  # lm_head shares the embedding's weights
+    max_position_embeddings: int | None
+    head_dim: int
+    experts: int = 0
+    experts_per_token: int = 0
+    quantized: bool = False  # the checkpoint is in 4 bits already
+    source: str = ""
+    exact: bool = True
+
+    @property
+    def busy_experts(self) -> int:
+        """Experts that compute a token; 1 where the FFN is not a mixture."""
+        return max(1, self.experts_per_token)
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(in, out) of each linear layer of one decoder layer; the FFN's are those of one expert."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        h, i = self.hidden, self.intermediate
+        shapes = [(h, q), (h, kv), (h, kv), (q, h), (h, i), (h, i), (i, h)]
+        return dict(zip(ATTENTION + FFN, shapes, strict=True))
+
+    @property
+    def linear_parameters(self) -> int:
+        """Parameters of all decoder layers' linear layers, every expert counted."""
+        one = sum(a * b * (max(self.experts, 1) if n in FFN else 1) for n, (a, b) in self.linears.items())
+        return one * self.layers
+
+    @property
+    def other_parameters(self) -> int:
+        """Embeddings, output head, norms and router: what 4-bit loading leaves alone."""
+        head = 0 if self.tied else self.vocabulary * self.hidden
+        return self.vocabulary * self.hidden + head + self.layers * self.hidden * (2 + self.experts) + self.hidden
+
+    @property
+    def parameters(self) -> int:
+        return self.linear_parameters + self.other_parameters
+
+    @property
+    def kv_width(self) -> int:
+        """Numbers a token keeps in one layer's K/V store."""
+        return 2 * self.kv_heads * self.head_dim
+
+    def adapted(self, target_modules: list[str] | str) -> dict[str, tuple[int, int]]:
+        """The linear layers of one decoder layer that LoRA adapts. Fused expert weights are no linear layers."""
+        names = set(self.linears) if target_modules == "all-linear" else set()
+        if not names:
+            for target in target_modules:
+                names |= set(FUSED.get(target.rpartition(".")[2], (target.rpartition(".")[2],)))
+        return {n: s for n, s in self.linears.items() if n in names and not (self.experts and n in FFN)}
+
+    def lora_parameters(self, target_modules: list[str] | str, r: int) -> int:
+        return self.layers * sum(r * (a + b) for a, b in self.adapted(target_modules).values())
+
+
+def decoder_part(config: dict, name: str) -> dict:
+    """The part of a config.json that describes the decoder: models that also see images nest their language model.
+
+    Raises:
+        ModelError: it is no object.
+    """
+    text = config.get("text_config") or config
+    if not isinstance(text, dict) or not isinstance(config.get("quantization_config") or {}, dict):
+        raise ModelError(f"The config.json of {name} is no model's: its parts have the wrong kinds. Choose another.")
+    return text
+
+
+def from_config(config: dict, name: str, source: str = "config.json") -> Shape:
+    """The Shape that the config.json of model ``name`` describes.
+
+    Raises:
+        ModelError: it has not the fields of a decoder-only transformer, or one that makes no sense.
+    """
+    text = decoder_part(config, name)
+
+    def number(*keys: str, default: int | None = None) -> int:
+        for key in keys:
+            if isinstance(text.get(key), int):
+                if not (0 if default == 0 else 1) <= text[key] < 2**31:
+                    raise ModelError(f"The config.json of {name} says {key}: {str(text[key])[:30]}. Choose another.")
+                return text[key]
+        if default is None:
+            raise ModelError(
+                f"{name} is not a supported text model: its config.json lacks {keys[0]}. Choose another model."
+            )
+        return default
+
+    kind = str(text.get("model_type") or config.get("model_type", ""))
+    layers, hidden = number("num_hidden_layers", "n_layer"), number("hidden_size", "n_embd")
+    heads = number("num_attention_heads", "n_head")
+    experts = number("num_local_experts", "num_experts", "n_routed_experts", default=0)
+    widths = (*(("moe_intermediate_size",) if experts else ()), "intermediate_size", "n_inner")
+    return Shape(
+        architecture=kind,
+        hidden=hidden,
+        intermediate=number(*widths, default=4 * hidden),
+        layers=layers,
+        heads=heads,
+        kv_heads=number("num_key_value_heads", default=heads),
+        vocabulary=number("vocab_size"),
+        tied=bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", "gemma" in kind))),
+        max_position_embeddings=number("max_position_embeddings", "n_positions", default=0) or None,
+        head_dim=number("head_dim", default=hidden // heads),
+        experts=experts,
+        experts_per_token=number("num_experts_per_tok", default=0),
+        quantized="4bit" in str(config.get("quantization_config") or {}).replace("_", ""),
+        source=source,
+    )
+
+
+def _known(arch, hidden, intermediate, layers, heads, kv_heads, vocabulary, tied, positions, head_dim=None, experts=0):
+    return Shape(arch, hidden, intermediate, layers, heads, kv_heads, vocabulary, tied, positions,
+                 head_dim or hidden // heads, experts, 4 if experts else 0, source="published sizes")  # fmt: skip
+
+
+# From the published config.json files. The presets and their alternatives are all here, so that a plan can be made
+# before anything was downloaded.
+KNOWN = {
+    "smollm2-135m": _known("llama", 576, 1536, 30, 9, 3, 49152, True, 8192),
+    "qwen2.5-0.5b": _known("qwen2", 896, 4864, 24, 14, 2, 151936, True, 32768),
+    "qwen2.5-1.5b": _known("qwen2", 1536, 8960, 28, 12, 2, 151936, True, 32768),
+    "qwen2.5-3b": _known("qwen2", 2048, 11008, 36, 16, 2, 151936, True, 32768),
+    "qwen2.5-7b": _known("qwen2", 3584, 18944, 28, 28, 4, 152064, False, 32768),
+    "qwen2.5-14b": _known("qwen2", 5120, 13824, 48, 40, 8, 152064, False, 32768),
+    "qwen3-4b": _known("qwen3", 2560, 9728, 36, 32, 8, 151936, True, 40960, 128),
+    "qwen3-8b": _known("qwen3", 4096, 12288, 36, 32, 8, 151936, False, 40960, 128),
+    "qwen3-14b": _known("qwen3", 5120, 17408, 40, 40, 8, 151936, False, 40960, 128),
+    "llama-3.2-1b": _known("llama", 2048, 8192, 16, 32, 8, 128256, True, 131072),
+    "llama-3.2-3b": _known("llama", 3072, 8192, 28, 24, 8, 128256, True, 131072),
+    "llama-3.1-8b": _known("llama", 4096, 14336, 32, 32, 8, 128256, False, 131072),
+    "llama-2-7b": _known("llama", 4096, 11008, 32, 32, 32, 32000, False, 4096),
+    "llama-2-13b": _known("llama", 5120, 13824, 40, 40, 40, 32000, False, 4096),
+    "mistral-7b": _known("mistral", 4096, 14336, 32, 32, 8, 32768, False, 32768),
+    "mistral-nemo-12b": _known("mistral", 5120, 14336, 40, 32, 8, 131072, False, 131072, 128),
+    "phi-3-mini-4k": _known("phi3", 3072, 8192, 32, 32, 32, 32064, False, 4096),
+    "phi-4": _known("phi3", 5120, 17920, 40, 40, 10, 100352, False, 16384),
+    "mistral-small-24b": _known("mistral", 5120, 32768, 40, 32, 8, 131072, False, 32768, 128),
+    "gpt-oss-20b": _known("gpt_oss", 2880, 2880, 24, 64, 8, 201088, False, 131072, 64, experts=32),
+}
+ALIASES = {"demo": "smollm2-135m", "meta-llama-3.1-8b": "llama-3.1-8b", "mistral-nemo": "mistral-nemo-12b"}
+SUFFIX = re.compile(r"(-unsloth|-bnb-4bit|-instruct|-chat|-hf|-it|-bf16|-v0\.\d|-\d{4})+$")
+SIZE = re.compile(r"(?<![\d.])(\d+(?:\.\d+)?)b(?![a-z])")
+
+
+def find(name: str) -> Shape | None:
+    """The Shape of a model: from its folder, the Hub's local cache, the table, or scaled to the size in its name.
+
+    Returns None where the name tells nothing. Reads at most one small file; never the network.
+    """
+    if (local := _local(name)) is not None:
+        return local
+    stem = SUFFIX.sub("", name.rstrip("/").rpartition("/")[2].lower())
+    stem = ALIASES.get(stem, stem)
+    if stem in KNOWN:
+        return replace(KNOWN[stem], quantized="4bit" in name.lower())
+    if found := SIZE.search(stem):
+        return estimate(float(found.group(1)) * 1e9)
+    return None
+
+
+def estimate(parameters: float) -> Shape:
+    """The known dense Shape nearest in size, its layers scaled so that the parameters agree."""
+    dense = [s for s in KNOWN.values() if not s.experts]
+    near = min(dense, key=lambda s: abs(s.parameters / parameters - 1))
+    layers = max(1, round((parameters - near.vocabulary * near.hidden) / (near.linear_parameters / near.layers)))
+    text = f"estimated for {parameters / 1e9:g} billion parameters"
+    return replace(near, layers=layers, source=text, exact=False, max_position_embeddings=None)
+
+
+def _local(name: str) -> Shape | None:
+    own = Path(name).expanduser() / "config.json"
+    path = own if own.is_file() else _cached(name)
+    if path is None:
+        return None
+    try:
+        return from_config(read_object(Path(path)), name)
+    except (ModelError, ValueError, TypeError, AttributeError, ArithmeticError):
+        return None  # not a decoder we can count; loading the model will say what is wrong with it
+
+
+def _cached(name: str) -> str | None:
+    """config.json of a Hub id in the Hub's local cache."""
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:
+        return None
+    return found if isinstance(found, str) else None

@@ -1,0 +1,1 @@
+"""Start, queue, train."""

@@ -1,0 +1,176 @@
+"""Which rows may judge a run: those that it held out, or other ones, and none whose question it was trained on."""
+
+from __future__ import annotations
+
+import threading
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from kto_core.errors import Cancelled, DataError, KTOError, MapError
+from kto_core.jobs import Progress, no_progress
+
+if TYPE_CHECKING:
+    from kto_core.config.run_config import RunConfig
+    from kto_core.data.records.rows import Row
+    from kto_core.data.rendering.template import Encoded
+    from kto_core.planning.training_data import Planned
+
+VALIDATION = "validation rows of the run"
+
+
+@dataclass
+class HeldOut:
+    """Rows that judge, with their tokens and questions.
+
+    Attributes:
+        source: where they come from, in words or as it was given.
+        trained_on: rows left out because the run trained on their question; None: that is not known.
+        too_long: rows left out because of their length.
+        remarks: sentences that a reader of the result must know.
+    """
+
+    source: str
+    rows: list[Row]
+    encoded: list[Encoded]
+    questions: list[str]
+    trained_on: int | None
+    too_long: int
+    remarks: list[str] = field(default_factory=list)
+
+
+def question(row: Row) -> str:
+    """What a row asks: its last user turn, whatever the case, the blanks and the system prompt are.
+
+    A row without one asks with its whole prompt.
+    """
+    asked = [m for m in row.prompt if m.get("role") == "user"][-1:] or row.prompt
+    return " ".join(unicodedata.normalize("NFKC", " ".join(_text(m.get("content")) for m in asked)).casefold().split())
+
+
+def _text(content: Any) -> str:
+    if isinstance(content, list):  # parts
+        return " ".join(str(p.get("text", "")) if isinstance(p, dict) else str(p) for p in content)
+    return "" if content is None else str(content)
+
+
+def find(
+    run,
+    config: RunConfig,
+    tokenizer,
+    data: str | None = None,
+    split: str = "train",
+    progress: Progress = no_progress,
+    cancel: threading.Event | None = None,
+) -> HeldOut:
+    """The rows that judge a run: of ``data``, or without it those that the run held out.
+
+    Args:
+        run: a `run.Run`. data, split: in any form that `dataset.load` takes.
+
+    Raises:
+        DataError: unreadable, nothing held out, or every question was trained on.
+        Cancelled: ``cancel`` was set.
+    """
+    began = run.state().started
+    if data is None:
+        planned = _planned(run, config, tokenizer, began, progress, cancel)
+        trained = {question(row) for row in planned.train_rows}
+        found = _unseen(VALIDATION, planned.test_rows, planned.test, trained)
+    else:
+        from kto_core.data.rendering import template
+        from kto_core.data.rendering.style import Style
+
+        loaded = read(config, data, split, progress, cancel)
+        rows = list(loaded.rows)
+        style = Style.of(config, began)
+        encoded = list(template.encode_iter(rows, tokenizer, config.max_length, progress, cancel, style))
+        try:
+            known = _trained_on(run, config, tokenizer, began, progress, cancel)
+        except Cancelled:
+            raise
+        except KTOError as e:
+            known, why = None, str(e)
+        found = _unseen(str(data), rows, encoded, known)
+        if lost := loaded.report.dropped:
+            found.remarks.append("Dropped: " + "; ".join(f"{n:,} {reason}" for reason, n in lost.items()) + ".")
+        if known is None:
+            found.remarks.append(
+                f"Whether the run was trained on some of these questions is not known, because its own rows cannot be "
+                f"read: {why}"
+            )
+    if not found.rows and found.trained_on:
+        raise DataError(
+            f"The run was trained on the questions of all {found.trained_on:,} rows of {found.source}, so they cannot "
+            "tell whether it is better. Give other rows with --data."
+        )
+    return found
+
+
+def read(config: RunConfig, data: str, split: str, progress: Progress = no_progress, cancel=None):
+    """Held-out data, read as the run's data was where it has the same columns, and a scale."""
+    from kto_core.data import dataset
+
+    columns = config.map
+    try:
+        found = dataset.load(data, split, columns=columns, progress=progress, cancel=cancel)
+    except MapError:
+        columns = ""
+        found = dataset.load(data, split, progress=progress, cancel=cancel)
+    if found.report.scale and config.cuts_scale:
+        found = dataset.load(data, split, **config.reading | {"columns": columns}, progress=progress, cancel=cancel)
+    return found
+
+
+def _planned(run, config, tokenizer, began, progress, cancel) -> Planned:
+    """The run's rows as it split them.
+
+    Raises:
+        DataError: it held out none, or they cannot be found again.
+    """
+    from kto_core.planning.training_data import plan_data
+
+    facts = run.dataset()
+    if not config.test_size or not (facts.get("test") or {}).get("rows"):
+        raise DataError(
+            f"Run {run.id} held out no rows. Give rows that it was not trained on with --data, or train with "
+            "--test-size 0.1."
+        )
+    try:
+        planned = plan_data(config, tokenizer, progress, began=began, cancel=cancel)
+    except Cancelled:
+        raise
+    except KTOError as e:
+        raise DataError(f"The rows that run {run.id} held out cannot be read. {e} Or give others with --data.") from e
+    if facts.get("order_sha256", planned.order_sha256) != planned.order_sha256:
+        raise DataError(
+            f"{config.data} has changed since run {run.id} was trained (its rows or the model's chat template), so the "
+            "rows that it held out are not known any more. Restore the original data, or give other rows with --data."
+        )
+    return planned
+
+
+def _trained_on(run, config, tokenizer, began, progress, cancel) -> set[str]:
+    """The questions of all rows that the run was trained on."""
+    if config.test_size and (run.dataset().get("test") or {}).get("rows"):
+        rows: Iterable[Row] = _planned(run, config, tokenizer, began, progress, cancel).train_rows
+    else:
+        from kto_core.data import dataset
+
+        rows = dataset.load(config.data, config.data_split, **config.reading, progress=progress, cancel=cancel).rows
+    return {question(row) for row in rows}
+
+
+def _unseen(source: str, rows: Sequence[Row], encoded: Sequence[Encoded], trained: set[str] | None) -> HeldOut:
+    asked = [question(row) for row in rows]
+    new = [trained is None or q not in trained for q in asked]
+    kept = [i for i, e in enumerate(encoded) if new[i] and e.trained]
+    return HeldOut(
+        source=source,
+        rows=[rows[i] for i in kept],
+        encoded=[encoded[i] for i in kept],
+        questions=[asked[i] for i in kept],
+        trained_on=None if trained is None else new.count(False),
+        too_long=new.count(True) - len(kept),
+    )
