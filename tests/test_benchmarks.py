@@ -3,16 +3,13 @@
 import functools
 import gc
 import json
-import sys
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
-from training import resolved
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "benchmarks"))
+from tests.support.step_flags import step
+from tests.support.training import resolved
 
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2,
@@ -24,8 +21,8 @@ def test_a_4_bit_shape_loads_through_the_products_path(tiny_model, tmp_path, mon
     """Every linear layer in 4 bits, the head not; no weight missing; a forward that is not all zeros."""
     import shapes
 
-    from kto_core.model import load_base
-    from kto_core.model_info import model_facts
+    from kto_core.models.facts import model_facts
+    from kto_core.models.load import load_base
 
     sizes = [TINY[f] for f in shapes.FIELDS[:5]]
     monkeypatch.setitem(shapes.SHAPES, "tiny", (model_type, *sizes, 100, tied))
@@ -47,15 +44,16 @@ def test_a_4_bit_shape_loads_through_the_products_path(tiny_model, tmp_path, mon
 
 def test_a_4_bit_shape_trains(tiny_model, tmp_path, monkeypatch):
     import shapes
-    from training import make_data
 
-    from kto_core import run
+    from kto_core.runs import folders
+    from kto_core.training import start as starting
+    from tests.support.training import make_data
 
     monkeypatch.setitem(shapes.SHAPES, "tiny", ("llama", *[TINY[f] for f in shapes.FIELDS[:5]], 100, False))
     folder = shapes.make("tiny", tmp_path / "tiny", tiny_model, "cpu", nf4=True)
     data = make_data(tmp_path / "rows.jsonl")
-    made = run.create(resolved(folder, data, engine="packed", max_steps=2, dtype="bfloat16"))  # as on a GPU
-    run.start(made, block=True)
+    made = folders.create(resolved(folder, data, engine="packed", max_steps=2, dtype="bfloat16"))  # as on a GPU
+    starting.start(made, block=True)
     assert made.state().state == "finished", made.state().error
 
 
@@ -68,12 +66,6 @@ def test_a_shape_in_bf16_has_no_4_bit_weights(tiny_model, tmp_path, monkeypatch)
 
 
 # ---- kto_step.py ----------------------------------------------------------------------------------------------------
-
-
-def step(*flags: str):
-    import kto_step
-
-    return kto_step.arguments(["--data", "rows.jsonl", *flags])
 
 
 def test_settings_keep_the_rows_of_a_step():
@@ -101,7 +93,7 @@ def test_a_result_is_told_whole_in_a_line():
 
 
 def test_kernels_count_once_as_busy():
-    import kto_step
+    import step_work
     from torch.autograd import DeviceType
 
     class Event:
@@ -109,7 +101,7 @@ def test_kernels_count_once_as_busy():
             self.device_type, self.self_device_time_total, self.is_user_annotation = kind, micros, named
 
     found = [Event(DeviceType.CPU, 2e6), Event(DeviceType.CUDA, 2e6), Event(DeviceType.CUDA, 5e6, named=True)]
-    assert kto_step.busy_seconds(found) == 2.0
+    assert step_work.busy_seconds(found) == 2.0
 
 
 def test_kernels_are_timed_and_a_missing_one_is_said(capsys, monkeypatch):
@@ -212,7 +204,8 @@ def test_the_matrix_rate_is_that_of_one_product():
 @pytest.mark.parametrize("engine", ["trl", "packed"])
 def test_an_engine_is_measured_with_and_without_the_reference(tiny_model, tmp_path, monkeypatch, engine):
     import kto_step
-    from training import make_data
+
+    from tests.support.training import make_data
 
     flags = ["--model", str(tiny_model), "--rows", "16", "--batch-size", "2", "--accumulation", "2", "--lora-r", "4",
              "--max-length", "256", "--precompute", "--worker", engine, "--cache", str(tmp_path / "cache")]  # fmt: skip
@@ -227,258 +220,6 @@ def test_an_engine_is_measured_with_and_without_the_reference(tiny_model, tmp_pa
     assert len(shown) == 3 and shown[1].startswith(f"{engine} cold") and "%" in shown[2]
     without = kto_step.arguments(["--data", "x", "--engines", "trl"])
     assert without.optim is None and kto_step.OPTIMIZERS == {True: "adamw_8bit", False: "adamw_torch"}
-
-
-# ---- longest_row.py -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("limit", [0, 99, 100, 101, 199, 200, 1000, 1023, 1024, 9000])
-def test_the_bisection_finds_the_longest_that_fits(limit):
-    import longest_row
-
-    asked = []
-
-    def fits(length: int) -> bool:
-        asked.append(length)
-        return length <= limit
-
-    found = longest_row.longest(fits, 100, 1024, 4)
-    expected = max((n for n in range(100, 1025, 4) if n <= limit), default=0)
-    assert found == expected
-    assert len(asked) == len(set(asked)) <= 9 and all(n % 4 == 0 and 100 <= n <= 1024 for n in asked)
-
-
-def test_a_search_says_what_it_found_and_what_failed(capsys):
-    import longest_row
-
-    def attempt(engine: str, length: int) -> dict:
-        found = {"engine": engine, "length": length, "fits": False}
-        if engine == "unsloth":
-            return found | {"error": "no such module"}
-        if length > {"packed": 3000, "trl": 0, "forced": 9999}[engine]:
-            return found | {"why": "out of memory"}
-        limits = {"token_budget": 5000, "recomputed": 7, "of": 8, "offload": length > 2048}
-        found |= {"fits": True, "peak_gib": 1.5, "seconds": 2.0}
-        return found | ({"limits": limits} if engine == "packed" else {})
-
-    args = longest_row.arguments(["--high", "4096", "--engines", "packed,trl,unsloth,forced"])
-    table, tries = longest_row.search(args, attempt)
-    assert table == [
-        "| packed | 2,560 | 1.50 | 2.0 |",
-        "| trl | none of 512 tokens or more | – | – |",
-        "| unsloth | failed: no such module | – | – |",
-        "| forced | 4,096 (the longest tried) | 1.50 | 2.0 |",
-    ]
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == len(tries)
-    assert any(text.endswith("limits: 5,000 tokens a pass, 7 of 8 layers recomputed") for text in said)
-    assert any(text.endswith("7 of 8 layers recomputed, their inputs in main memory") for text in said)
-
-
-@pytest.mark.parametrize("engine", ["packed", "forced", "trl"])
-def test_a_try_is_one_step_on_rows_of_that_length(tiny_model, engine, monkeypatch):
-    import longest_row
-
-    monkeypatch.setattr(longest_row, "hold", lambda *_: None)  # it would hold the tests' own process
-    flags = ["--model", str(tiny_model), "--lora-r", "4", "--worker", engine, "--length", "96"]
-    found = longest_row.attempt(longest_row.arguments(flags))
-    assert found["fits"] and found["peak_gib"] > 0, found
-    assert ("limits" in found) == (engine != "trl")
-    if engine == "forced":
-        assert found["limits"] == {"token_budget": 96, "recomputed": 2, "of": 2, "offload": False}
-
-
-def test_rows_of_a_try_share_nothing():
-    import longest_row
-
-    encoded, labels = longest_row.rows(101, 2, 4000)
-    assert [len(e.prompt_ids) + len(e.completion_ids) for e in encoded] == [101, 101] and labels == [True, False]
-    assert encoded[0].prompt_ids[:8] != encoded[1].prompt_ids[:8]
-
-
-def test_running_out_of_memory_is_not_another_error(tiny_model, monkeypatch):
-    import kto_step
-    import longest_row
-
-    monkeypatch.setattr(longest_row, "hold", lambda *_: None)
-    args = longest_row.arguments(["--model", str(tiny_model), "--worker", "trl", "--length", "96"])
-
-    def load(error):
-        def raises(*_):
-            raise error
-
-        return raises
-
-    monkeypatch.setattr(kto_step, "load", load(RuntimeError("DefaultCPUAllocator: can't allocate memory: …")))
-    assert longest_row.attempt(args) == {"fits": False, "why": "out of memory"}
-    monkeypatch.setattr(kto_step, "load", load(torch.cuda.OutOfMemoryError("CUDA out of memory.")))
-    assert longest_row.attempt(args)["why"] == "out of memory"
-    monkeypatch.setattr(kto_step, "load", load(RuntimeError("shapes do not match")))
-    with pytest.raises(RuntimeError, match="shapes"):
-        longest_row.attempt(args)
-
-
-# ---- presets.py -----------------------------------------------------------------------------------------------------
-
-
-def test_more_gpus_are_compared_with_one():
-    import presets
-
-    one = {"preset": "7b", "num_gpus": 1, "examples_per_second": 20.0}
-    two = {"preset": "7b", "num_gpus": 2, "examples_per_second": 37.0}
-    assert presets.scaling([one, two]) == "7b, 2 GPUs against 1: 37.00 against 20.00 rows/s, 1.85 times"
-    failed = {"preset": "7b", "num_gpus": 2, "error": "no second GPU"}
-    assert presets.scaling([one, failed]) == "7b, 2 GPUs against 1: not measured"
-
-
-def test_each_preset_is_run_on_one_gpu_and_on_many(monkeypatch, capsys):
-    import presets
-
-    asked = []
-
-    def apart(args, preset, length, gpus):
-        asked.append((preset, length, gpus))
-        return {"preset": preset, "num_gpus": gpus or 1, "examples_per_second": 10.0 * (gpus or 1)}
-
-    monkeypatch.setattr(presets, "apart", apart)
-    presets.main(["--data", "x", "--presets", "3b,7b", "--lengths", "own,512", "--num-gpus", "2"])
-    assert asked == [(p, n, g) for p in ("3b", "7b") for n in (None, 512) for g in (1, 2)]
-    assert capsys.readouterr().out.count("rows/s, 2.00 times") == 4
-    asked.clear()
-    presets.main(["--data", "x", "--presets", "3b"])
-    assert asked == [("3b", None, None)]
-
-
-def test_the_longest_rows_of_both_labels_and_how_far_a_run_came(tmp_path):
-    from training import make_data
-
-    import presets
-    from kto_core import dataset, events
-
-    data = make_data(tmp_path / "rows.jsonl", 20)
-    whole, few = dataset.load(str(data)).rows, dataset.load(presets.longest(str(data), 6, str(tmp_path))).rows
-    assert sorted(few.labels) == [False] * 3 + [True] * 3
-    of_label = [sorted(n for n, y in zip(dataset.lengths(whole), whole.labels, strict=True) if y == x) for x in (0, 1)]
-    assert sorted(dataset.lengths(few)) == sorted(of_label[0][-3:] + of_label[1][-3:])
-
-    run = tmp_path / "run"
-    assert "before the run" in presets.where(run)["state"]
-    run.mkdir()
-    log = events.EventLog(run / "events.jsonl")
-    log.status("training")
-    for step, gib in ((1, 3.5), (2, 4.25), (3, 4.0)):
-        log.metric(step, loss=0.5, gpu_memory=gib, examples_per_second=float(step))
-    found = presets.where(run)
-    assert (found["state"], found["reserved_gib"], found["examples_per_second"]) == ("training", 4.25, 3.0)
-
-
-def test_a_preset_in_the_products_own_worker(tiny_model, tmp_path, monkeypatch):
-    """What `--num-gpus 1` measures: the speed that the run's events tell, the first step left out."""
-    from training import make_data
-
-    import presets
-    from kto_core import hardware
-
-    monkeypatch.setenv(hardware.LIMIT, "24")  # `one` sets it for its own process
-    data = make_data(tmp_path / "rows.jsonl")
-    flags = [
-        "--one",
-        "demo",
-        "--max-length",
-        "256",
-        "--data",
-        str(data),
-        "--shape",
-        str(tiny_model),
-        "--steps",
-        "2",
-        "--num-gpus",
-        "1",
-    ]
-    found = presets.one(presets.arguments([*flags, "--run-dir", str(tmp_path / "run")]))
-    assert (found["state"], found["steps"], found["num_gpus"]) == ("finished", 2, 1), found
-    assert found["examples_per_second"] > 0 and found["rows_of_a_step"] == 8
-    assert (tmp_path / "run" / "worker.log").exists()
-
-
-# ---- picture.py -----------------------------------------------------------------------------------------------------
-
-
-def test_the_picture_is_what_the_figures_make():
-    """Whoever changes the figures draws it anew: `python benchmarks/picture.py`."""
-    import picture
-
-    assert picture.OUT.read_text(encoding="utf-8") == picture.draw(json.loads(picture.DATA.read_text(encoding="utf-8")))
-
-
-def test_the_pictures_figures_are_those_of_the_results():
-    import picture
-
-    figures = json.loads(picture.DATA.read_text(encoding="utf-8"))
-    results = (ROOT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
-    for bar in figures["bars"]:
-        assert f"| {bar['rows_per_s']:.2f} | {bar['tokens_per_s']:,} |" in results, bar["name"]
-    for key in ("date", "versions", "command"):
-        assert figures[key] in results.replace("\n", " ")
-
-
-def test_a_picture_has_bars_in_proportion_and_says_them_in_words(tmp_path):
-    import xml.etree.ElementTree as ET
-
-    import picture
-
-    bars = [{"name": "A & B", "rows_per_s": 2, "peak_gib": 1}, {"name": "C", "rows_per_s": 8, "peak_gib": 2}]
-    figures = {"title": "T <1>", "unit": "rows a second", "date": "D", "machine": "M", "bars": bars}
-    (tmp_path / "f.json").write_text(json.dumps(figures))
-    assert picture.main(["--data", str(tmp_path / "f.json"), "--out", str(tmp_path / "p.svg")]) == 0
-    svg = "{http://www.w3.org/2000/svg}"
-    root = ET.parse(tmp_path / "p.svg").getroot()
-    first, second = (float(r.get("width")) for r in root.iter(f"{svg}rect") if r.get("class") != "ground")
-    assert second == pytest.approx(4 * first) and root.find(f"{svg}title").text == "T <1>: rows a second"
-    assert root.find(f"{svg}desc").text == "Bar chart, rows a second: A & B 2.0; C 8.0."
-    assert any("(4.0×), 2.0 GiB" in "".join(t.itertext()) for t in root.iter(f"{svg}text"))
-
-
-def test_the_pictures_colours_can_be_told_from_the_ground():
-    import re
-
-    import picture
-
-    def contrast(a: str, b: str) -> float:
-        def light(colour: str) -> float:
-            parts = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
-            linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
-            return sum(w * p for w, p in zip((0.2126, 0.7152, 0.0722), linear, strict=True)) + 0.05
-
-        return max(light(a), light(b)) / min(light(a), light(b))
-
-    for theme in picture.STYLE.split("@media"):
-        colours = dict(re.findall(r"(\.?\w+) \{[^}]*(?:fill|stroke): (#\w{6})", theme))
-        assert len(colours) == 6
-        for name, colour in colours.items():
-            least = {"text": 7, ".note": 7, ".ground": 1}.get(name, 3)
-            assert contrast(colour, colours[".ground"]) >= least, (name, colour)
-
-
-# ---- out_of_memory.py -----------------------------------------------------------------------------------------------
-
-
-def test_runs_that_are_left_alone_are_alike(tiny_model, tmp_path, monkeypatch, capsys):
-    """The benchmark of a full card, where no card is: every run ends well, with the same losses."""
-    import out_of_memory
-    from training import make_data
-
-    from kto_core import hardware
-
-    monkeypatch.setenv(hardware.LIMIT, "24")  # `main` sets it for its process
-    argv = ["--data", str(make_data(tmp_path / "data.jsonl", 16)), "--model", str(tiny_model), "--then-gib", "2"]
-    argv += ["--engine", "trl", "--gradient-checkpointing", "false", "--batch-size", "2", "--accumulation", "3"]
-    assert out_of_memory.main([*argv, "--steps", "3", "--after", "1", "--json"]) == 0
-    runs = json.loads(capsys.readouterr().out.splitlines()[-1])["runs"]
-    assert [r["then_gib"] for r in runs] == [None, 2.0]
-    for run in runs:
-        assert run["state"] == "finished" and len(run["losses"]) == 3, run
-        assert run["largest_difference"] == 0 and run["said"] == []
 
 
 # ---- on_card.py -----------------------------------------------------------------------------------------------------

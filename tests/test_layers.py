@@ -1,32 +1,25 @@
 """The rules between the rooms (ARCHITECTURE.md), read from the sources and tried in fresh processes."""
 
 import ast
+import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
+from tests.support.commands import processor_seconds
+
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "pandas", "bitsandbytes", "accelerate", "unsloth",
          "pyarrow", "gguf", "cyllama", "wandb"}  # fmt: skip
-CORE_ORDER = [
-    {"errors", "events", "paths", "jobs"},
-    {"rows", "template", "config", "hardware"},
-    {"dataset", "model"},
-    {"engine"},
-    {"train"},
-    {"run"},
-    {"chat", "evaluate", "export"},
-    {"demo"},
-]
-RANK = {name: i for i, names in enumerate(CORE_ORDER) for name in names}
-SOURCES = sorted(p for folder in ("kto_core", "ui") for p in (ROOT / folder).rglob("*.py")) + [ROOT / "app.py"]
+PACKAGES = ("kto_core", "kto_studio")
+SOURCES = sorted(p for folder in PACKAGES for p in (ROOT / folder).rglob("*.py")) + [ROOT / "app.py"]
+MOST_FILES, MOST_LINES = 12, 350
 
 
 def module(path: Path) -> str:
-    """kto_core/engine/plan.py -> kto_core.engine.plan"""
+    """kto_core/engine/packing/groups.py -> kto_core.engine.packing.groups"""
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
@@ -61,12 +54,18 @@ def imports(path: Path) -> list[tuple[str, bool, int]]:
 
 def test_the_sources_are_there():
     names = {module(p) for p in SOURCES}
-    assert {"kto_core.errors", "kto_core.config", "kto_core.hardware", "ui.launch", "app"} <= names
+    assert {
+        "kto_core.errors",
+        "kto_core.config.resolving",
+        "kto_core.hardware.gpus",
+        "kto_studio.launch",
+        "app",
+    } <= names
 
 
 @pytest.mark.parametrize("path", [p for p in SOURCES if "kto_core" in p.parts], ids=module)
 def test_the_library_never_imports_the_interface(path):
-    wrong = [(name, line) for name, _, line in imports(path) if name.split(".")[0] in ("gradio", "ui", "app")]
+    wrong = [(name, line) for name, _, line in imports(path) if name.split(".")[0] in ("gradio", "kto_studio", "app")]
     assert not wrong
 
 
@@ -76,48 +75,169 @@ def test_the_interface_never_imports_torch(path):
     assert not wrong
 
 
-def room(name: str) -> str | None:
-    """The room of a kto_core module that has a place in the order; helpers beside the rooms have none."""
-    parts = name.split(".")
-    return parts[1] if len(parts) > 1 and parts[0] == "kto_core" and parts[1] in RANK else None
+def order() -> dict[str, int]:
+    """Package, or file that is beside the packages -> its place in the order that ARCHITECTURE.md states."""
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    stated = re.search(r"```\s*\n\s*(errors ◀.*?)```", text, re.DOTALL)[1]
+    return {name: i for i, name in enumerate(re.split(r"\s*◀\s*", stated.strip()))}
 
 
-@pytest.mark.parametrize("path", [p for p in SOURCES if room(module(p))], ids=module)
+def room(name: str, path: Path) -> str:
+    """Where a module stands in the order: its folder, or itself where it lies beside the packages' folders."""
+    folder = ".".join(path.relative_to(ROOT).parent.parts)
+    if name in ("kto_core", "kto_studio"):
+        return name  # the doors: they import what needs no others
+    if name == "kto_core.worker":
+        return "training"  # the door of a process of its own
+    here = name if folder in ("", *PACKAGES) else folder
+    return here.removeprefix("kto_core.")
+
+
+def test_the_order_names_every_package_once():
+    rooms = {room(module(p), p) for p in SOURCES} - set(PACKAGES)
+    assert rooms == order().keys()
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module)
 def test_imports_run_one_way(path):
-    """A room imports rooms of its own row or before, inside functions too; so do the helpers it imports at its top."""
-    own = room(module(path))
-    direct = [(room(name), line) for name, _, line in imports(path) if room(name)]
-    wrong = [f"line {line}: {own} imports {name}" for name, line in direct if RANK[name] > RANK[own]]
-    for name, reached in reach(path).items():
-        if RANK[name] > RANK[own]:
-            wrong.append(f"{own} imports {name} ({reached})")
+    """A file imports files of its own package and of those before it, inside functions and for type checkers too."""
+    place, files = order(), {module(p): p for p in SOURCES}
+    own = room(module(path), path)
+    if own in PACKAGES:
+        return
+    wrong = [
+        f"line {line}: {own} imports {name}"
+        for name, line in needs(module(path), files).items()
+        if name not in PACKAGES and place[room(name, files[name])] > place[own]
+    ]
     assert not wrong
 
 
-def reach(path: Path) -> dict[str, str]:
-    """room -> by which way, for all rooms a file imports at its top, directly or through files without a place."""
-    files = {module(p): p for p in SOURCES}
-    found: dict[str, str] = {}
-    todo, seen = [(path, path.name)], set()
-    while todo:
-        here, way = todo.pop()
-        for name, top, line in imports(here):
-            if not top:
-                continue
-            if name_room := room(name):
-                found.setdefault(name_room, f"{way}:{line}")
-            elif name in files and name not in seen:
-                seen.add(name)
-                todo.append((files[name], f"{way}:{line} → {files[name].name}"))
+def test_a_package_is_small_and_so_is_a_file():
+    folders = {p.parent for p in SOURCES}
+    many = {
+        str(f): n for f in folders if (n := len([p for p in f.glob("*.py") if p.name != "__init__.py"])) > MOST_FILES
+    }
+    long = {module(p): n for p in SOURCES if (n := len(p.read_text(encoding="utf-8").splitlines())) > MOST_LINES}
+    assert not many and not long
+
+
+# ---- circles --------------------------------------------------------------------------------------------------------
+
+
+def modules(root: Path, *packages: str) -> dict[str, Path]:
+    """Name -> file of every module in these packages of ``root``."""
+    found = sorted(p for package in packages for p in (root / package).rglob("*.py"))
+    return {".".join(p.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): p for p in found}
+
+
+def needs(name: str, files: dict[str, Path]) -> dict[str, int]:
+    """Other module -> line, of every one that a file names: imported anywhere, inside functions and for type checkers
+    only too, or as a text that is a module's whole name, to be run or imported by it.
+
+    ``from package import x`` needs x where that is a module of the package, else the package itself.
+    """
+    path = files[name]
+    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    found: dict[str, int] = {}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+        named = []
+        if isinstance(node, ast.Import):
+            named = [a.name for a in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            source = ".".join([*base, *filter(None, [node.module])])
+            named = [f"{source}.{a.name}" if f"{source}.{a.name}" in files else source for a in node.names]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            named = [node.value]
+        for other in named:
+            if other in files and other != name:
+                found.setdefault(other, node.lineno)
     return found
 
 
-def test_the_order_is_the_one_written_down():
-    text = " ".join((ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").split())
-    stated = text.partition("Imports run one way:")[2].partition(". `ui` never")[0]
-    rows = [{n.strip(" `") for n in row.split(",")} for row in stated.split("◀")]
-    n = len(CORE_ORDER)
-    assert rows[:n] == CORE_ORDER and rows[n:] == [{"ui", "__main__"}, {"app.py"}]
+def circles(files: dict[str, Path]) -> list[str]:
+    """Every group of modules that need each other, with what ties them; [] if there is none."""
+    graph = {name: needs(name, files) for name in files}
+
+    def reached(start: str) -> set[str]:
+        seen, todo = set(), [start]
+        while todo:
+            new = graph[todo.pop()].keys() - seen
+            seen |= new
+            todo += new
+        return seen
+
+    reach = {name: reached(name) for name in graph}
+    groups = {frozenset(b for b in reach[a] if a in reach[b]) for a in graph if a in reach[a]}
+    return [
+        "; ".join(f"{a}:{line} needs {b}" for a in sorted(group) for b, line in sorted(graph[a].items()) if b in group)
+        for group in sorted(groups, key=sorted)
+    ]
+
+
+def test_no_files_need_each_other():
+    files = modules(ROOT, *PACKAGES)
+    assert files.keys() >= {
+        "kto_core",
+        "kto_core.__main__",
+        "kto_core.cli.train",
+        "kto_core.engine.step",
+        "kto_studio.launch",
+    }
+    assert len(files) == sum(len(list((ROOT / p).rglob("*.py"))) for p in PACKAGES)
+    assert not circles(files)
+
+
+@pytest.mark.parametrize(
+    "back",
+    [
+        "from . import a",
+        "from .a import x",
+        "import p.a",
+        "def f():\n    from p import a",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .a import x",
+        "class C:\n    def f(self):\n        import p.a as other",
+        "command = ['python', '-m', 'p.a']",
+        "from .sub.c import y",
+    ],
+)
+def test_a_circle_is_found_however_a_file_is_named(tmp_path, back):
+    (tmp_path / "p" / "sub").mkdir(parents=True)
+    files = {"__init__": "", "a": "from .b import y\nx = 1", "b": "", "sub/__init__": "", "sub/c": "from ..a import x"}
+    for name, text in files.items():
+        (tmp_path / "p" / f"{name}.py").write_text(text)
+    assert not circles(modules(tmp_path, "p"))
+    (tmp_path / "p" / "b.py").write_text(back)
+    (found,) = circles(modules(tmp_path, "p"))
+    assert "p.a:1 needs p.b" in found and "p.b:" in found
+
+
+# ---- private names ---------------------------------------------------------------------------------------------------
+
+
+def private_names(path: Path, files: dict[str, Path]) -> list[str]:
+    """Every name with a leading underscore that a file takes from another one of ours."""
+    package = module(path).split(".") if path.name == "__init__.py" else module(path).split(".")[:-1]
+    ours, taken = set(), []
+    tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            source = ".".join([*base, *filter(None, [node.module])])
+            if source in files:
+                ours |= {a.asname or a.name for a in node.names if f"{source}.{a.name}" in files}
+                taken += [f"line {node.lineno}: {a.name} of {source}" for a in node.names if a.name.startswith("_")]
+    for node in ast.walk(tree):
+        of_ours = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ours
+        if of_ours and node.attr.startswith("_") and not node.attr.startswith("__"):
+            taken.append(f"line {node.lineno}: {node.value.id}.{node.attr}")
+    return taken
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module)
+def test_a_private_name_stays_in_its_file(path):
+    assert not private_names(path, {module(p): p for p in SOURCES})
 
 
 # ---- tried ----------------------------------------------------------------------------------------------------------
@@ -174,10 +294,6 @@ def test_help_is_light(command):
 
 
 def test_help_is_quick():
-    """Under half a second; the best of three, as the machine may be busy."""
-    times = []
-    for _ in range(3):
-        started = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "kto_core", "--help"], cwd=ROOT, capture_output=True, check=True)
-        times.append(time.perf_counter() - started)
+    """Under half a second of the processor; the best of three, as the machine may be busy."""
+    times = [processor_seconds(sys.executable, "-m", "kto_core", "--help")[1] for _ in range(3)]
     assert min(times) < 0.5, times
