@@ -47,7 +47,9 @@ def load(args):
     import torch
     from kto_step import model_folder, targets
 
-    from kto_core import chat, config, model
+    from kto_core.chat import chat
+    from kto_core.config import resolving as config
+    from kto_core.models import load as model
 
     if torch.cuda.is_available() and args.cap_gib:
         total = torch.cuda.get_device_properties(0).total_memory
@@ -80,7 +82,7 @@ def answer(loaded, variant: str, tokens: int) -> tuple[float, float, int]:
     from transformers import GenerationConfig
     from transformers.generation.streamers import BaseStreamer
 
-    from kto_core.template import render_chat
+    from kto_core.data.rendering.template import render_chat
 
     class Times(BaseStreamer):
         def put(self, value):

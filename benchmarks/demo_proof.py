@@ -69,7 +69,7 @@ def worker(seed: int, overrides: dict) -> dict:
 
 def measure(seed: int, threads: int, given: list[str]) -> dict:
     """One demo in a fresh process with an empty reference cache."""
-    from kto_core.demo_model import demo_model_dir
+    from kto_core.models.demo_model import demo_model_dir
     from kto_core.paths import cache_dir
 
     made = cache_dir() / demo_model_dir().relative_to(cache_dir()).parts[0]

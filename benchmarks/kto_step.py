@@ -27,15 +27,16 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from step_engines import OPTIMIZERS, build, load, model_folder, rows  # noqa: E402
+from step_work import Work, layer_operations, matrix_rate, now, profiled, recomputed  # noqa: E402
+
 ENGINES = ("trl", "packed", "unsloth")
-OPTIMIZERS = {True: "adamw_8bit", False: "adamw_torch"}  # with and without a GPU, as the product chooses
 MARK = "RESULT "
 
 
@@ -127,8 +128,8 @@ def worker(args: argparse.Namespace) -> dict:
     folder = model_folder(args.model, args.load_in_4bit and not args.bf16)
     encoded, labels, tokenizer = rows(args, folder)
     tokens = sum(len(e.prompt_ids) + len(e.completion_ids) for e in encoded)
-    from kto_core.train import give_back
-    from kto_core.trainer import encoded_dataset
+    from kto_core.training.train import give_back
+    from kto_core.training.trainer import encoded_dataset
 
     dataset = encoded_dataset(encoded, labels, args.batch_size, kl=True)
 
@@ -148,8 +149,8 @@ def worker(args: argparse.Namespace) -> dict:
                 trainer.prepare_reference()
                 reference = now() - start
                 found = {
-                    "token_budget": trainer.engine.token_budget,
-                    "checkpoint_layers": trainer.engine.checkpoint_layers,
+                    "token_budget": trainer.engine.limits.token_budget,
+                    "checkpoint_layers": trainer.engine.limits.checkpoint_layers,
                 }
             with profiled(args.profile and reference_cache is not None):
                 trainer.train()
@@ -177,236 +178,10 @@ def worker(args: argparse.Namespace) -> dict:
     return result
 
 
-# ---- how much is computed -------------------------------------------------------------------------------------------
-
-
-def layer_operations(folder: str) -> int:
-    """Operations (a product and a sum are two) of one token's products with the decoder layers' weights, forward."""
-    from kto_core import model_shape
-
-    shape = model_shape.find(folder)
-    if shape is None or shape.experts:  # not every expert works on every token
-        return 0
-    return 2 * shape.linear_parameters
-
-
-def recomputed(args, trainer, folder: str) -> float:
-    """Share of a forward that the backward of the pass that begins repeats.
-
-    Of the packed engine's recomputed layers all but the down projection where its own layers are in place; Unsloth and
-    TRL recompute all layers or none.
-    """
-    from kto_core import model_shape
-
-    if args.worker != "packed":
-        return 1.0 if args.worker == "unsloth" or args.checkpointing == "on" else 0.0
-    shape, engine = model_shape.find(folder), trainer.engine
-    if shape is None:
-        return 0.0
-    i, o = shape.linears["down_proj"]
-    left_out = i * o * shape.layers / shape.linear_parameters if engine.lean else 0.0
-    return engine.checkpoint_layers / len(engine.layers) * (1 - left_out)
-
-
-class Work:
-    """Counts the tokens that go through a model's decoder, padding included, with a gradient to come and without.
-
-    Recomputed layers do not pass here: ``share()``, asked as each pass begins, is the share of a forward that its
-    backward repeats.
-    """
-
-    def __init__(self, model, a_token: int):
-        self.a_token, self.share = a_token, lambda: 0.0
-        self.reset()
-        causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-        decoder = getattr(causal, causal.base_model_prefix)
-        self.hook = decoder.register_forward_pre_hook(self._count, with_kwargs=True)
-
-    def _count(self, module, args, kwargs) -> None:
-        import torch
-
-        inputs = [kwargs.get("input_ids"), *args[:1]]
-        tokens = next((x.numel() for x in inputs if x is not None), None)
-        if tokens is None:
-            embeds = kwargs["inputs_embeds"]
-            tokens = embeds.shape[0] * embeds.shape[1]
-        if torch.is_grad_enabled():
-            self.with_gradient += tokens
-            self.again += tokens * self.share()
-        else:
-            self.without += tokens
-
-    def reset(self) -> None:
-        self.with_gradient = self.without = 0
-        self.again = 0.0
-
-    @property
-    def operations(self) -> float:
-        """Forward 1, backward 1 (towards the activations: the weights are frozen), and what is computed again."""
-        return self.a_token * (2 * self.with_gradient + self.again + self.without)
-
-    def remove(self) -> None:
-        """Let go of the model and of what ``share`` asks: the next run needs the memory."""
-        self.hook.remove()
-        self.share = None
-
-
-def matrix_rate(device: str, size: int | None = None, repeat: int = 20) -> float:
-    """Operations a second of one large product: bf16 with fp32 sums on a GPU, fp32 on a CPU. The median counts."""
-    import torch
-
-    gpu = device.startswith("cuda")
-    size = size or (8192 if gpu else 1536)
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16 if gpu else torch.float32) for _ in range(2))
-    out, times = torch.empty_like(a), []
-    for _ in range(repeat + 3):
-        start = now()
-        torch.mm(a, b, out=out)
-        times.append(now() - start)
-    return 2 * size**3 / statistics.median(times[3:])
-
-
-def now() -> float:
-    """Seconds, once the GPU has done what it was given."""
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def peak_rss() -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def model_folder(name: str, nf4: bool = False) -> str:
-    """A folder for ``demo``, a path or ``shape:NAME``; of a shape a 4-bit checkpoint, or bf16."""
-    if name.startswith("shape:"):
-        import shapes
-
-        shape = name.removeprefix("shape:").lower()
-        return str(shapes.make(shape, shapes.place(shapes.ROOT, shape, nf4), nf4=nf4))
-    from kto_core.model_info import resolve_model
-
-    return resolve_model(name)
-
-
-def rows(args, folder: str):
-    """Rows that fit, drawn at random (neighbours in a file are alike), encoded; their labels; the tokenizer."""
-    import random
-
-    from kto_core import dataset, template
-    from kto_core.model import load_tokenizer
-
-    tokenizer = load_tokenizer(folder)
-    found, drawn = [], list(dataset.load(args.data).rows)
-    if not args.first:
-        random.Random(0).shuffle(drawn)
-    for row in drawn:
-        encoded = template.encode(row, tokenizer, args.max_length)
-        if encoded.fate != "too_long":
-            found.append((encoded, row.label))
-        if len(found) == args.rows:
-            break
-    random.Random(0).shuffle(found)
-    whole = len(found) // (args.batch_size * args.accumulation) * args.batch_size * args.accumulation
-    if whole < 2 * args.batch_size * args.accumulation:
-        raise SystemExit(f"{len(found)} rows are too few to time; take at least two steps' worth.")
-    found = found[:whole]  # equal steps, so that steps can be timed
-    return [e for e, _ in found], [label for _, label in found], tokenizer
-
-
-def load(args, folder: str):
-    """The model as the product loads it; Unsloth's with its adapter. Attention as the flag has it, for either."""
-    import torch
-
-    model = _load_unsloth(args, folder) if args.worker == "unsloth" else _load_base(args, folder)
-    torch.backends.cuda.enable_cudnn_sdp(args.cudnn_attention)
-    return model
-
-
-def _load_unsloth(args, folder: str):
-    import torch
-    from unsloth import FastLanguageModel
-
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    model, _ = FastLanguageModel.from_pretrained(
-        folder, max_seq_length=args.max_length, dtype=dtype, load_in_4bit=args.load_in_4bit
-    )
-    return FastLanguageModel.get_peft_model(
-        model, r=args.lora_r, lora_alpha=2 * args.lora_r, lora_dropout=0, target_modules=targets(),
-        use_gradient_checkpointing="unsloth", random_state=0,
-    )  # fmt: skip
-
-
-def _load_base(args, folder: str):
-    from kto_core import config, model
-
-    settings = {"model": folder, "data": "none", "load_in_4bit": args.load_in_4bit}
-    return model.load_base(config.resolve("demo", settings).config, for_training=True)
-
-
-def targets() -> list[str]:
-    from kto_core.config import TARGETS
-
-    return list(TARGETS)
-
-
-def build(args, model, tokenizer, dataset, out: str, gpu: bool, cache):
-    from peft import LoraConfig
-    from trl import KTOConfig, KTOTrainer
-
-    config = KTOConfig(
-        output_dir=out,
-        per_device_train_batch_size=args.batch_size,
-        gradient_accumulation_steps=args.accumulation,
-        num_train_epochs=1,
-        learning_rate=1e-6,
-        optim=args.optim or OPTIMIZERS[gpu],
-        precompute_ref_log_probs=args.precompute and args.worker != "packed",
-        max_length=None,  # rows are cut already
-        bf16=gpu,
-        use_cpu=not gpu,
-        save_strategy="no",
-        logging_steps=1000,
-        report_to=[],
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        gradient_checkpointing=args.checkpointing == "on",
-    )
-    lora = None
-    if args.worker != "unsloth":
-        lora = LoraConfig(
-            r=args.lora_r, lora_alpha=2 * args.lora_r, lora_dropout=0.0, target_modules=targets(), task_type="CAUSAL_LM"
-        )
-    common = {"model": model, "args": config, "train_dataset": dataset, "processing_class": tokenizer}
-    if args.worker == "packed":
-        from kto_core.engine import PackedKTOTrainer
-
-        return PackedKTOTrainer(
-            **common, peft_config=lora, cache_dir=cache, token_budget=args.token_budget,
-            checkpoint_layers=args.checkpoint_layers,
-        )  # fmt: skip
-
-    class OnTokens(KTOTrainer):
-        """TRL's trainer on rows that are tokens already."""
-
-        reference_seconds = 0.0
-
-        def _prepare_dataset(self, dataset, *_, **__):
-            return dataset
-
-        def _precompute_ref_logps(self, *args, **kwargs):
-            start = now()
-            try:
-                return super()._precompute_ref_logps(*args, **kwargs)
-            finally:
-                self.reference_seconds += now() - start
-
-    return OnTokens(**common, peft_config=lora)
 
 
 def timing_callback(warm_up: int, work: Work):
@@ -435,41 +210,6 @@ def timing_callback(warm_up: int, work: Work):
             return self.end - self.start
 
     return Timer()
-
-
-class profiled:
-    """Prints the operators that take most of the time, and how much of it the GPU was busy, if ``wanted``."""
-
-    def __init__(self, wanted: bool):
-        self.wanted = wanted
-
-    def __enter__(self):
-        if self.wanted:
-            import torch
-            from torch.profiler import ProfilerActivity, profile
-
-            activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
-            self.key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-            self.profile = profile(activities=activities)
-            self.profile.__enter__()
-            self.began = now()
-
-    def __exit__(self, *error):
-        if self.wanted:
-            wall = now() - self.began
-            self.profile.__exit__(*error)
-            averages = self.profile.key_averages()
-            if busy := busy_seconds(averages):
-                print(f"GPU busy {busy:.2f} of {wall:.2f} s", file=sys.stderr)
-            print(averages.table(sort_by=self.key, row_limit=25), file=sys.stderr)
-
-
-def busy_seconds(averages) -> float:
-    """Of the kernels; the operators that started them are told apart from them, and named ranges span both."""
-    from torch.autograd import DeviceType
-
-    kernels = [e for e in averages if e.device_type != DeviceType.CPU and not getattr(e, "is_user_annotation", False)]
-    return sum(e.self_device_time_total for e in kernels) / 1e6
 
 
 # ---- all engines -----------------------------------------------------------------------------------------------------

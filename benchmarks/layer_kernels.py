@@ -2,7 +2,7 @@
 
     python benchmarks/layer_kernels.py --shape mistral-7b --tokens 5400
 
-``ours`` is what the packed step runs (`kto_core.engine.lean`), ``plain`` transformers' formula, ``compiled`` the same
+``ours`` is what the packed step runs (`engine.layers.lean`), ``plain`` transformers' formula, ``compiled`` the same
 through torch.compile, ``liger`` liger_kernel's function for it. Each is timed with inputs of the shape's size in bf16
 (on a CPU fp32), the median of ``--repeat``; what a gain is worth is said as a share of the layer's products with its
 frozen weights (forward, and backward towards the activations), timed in the same process. Whether a whole step waits
@@ -42,7 +42,7 @@ def plain_rope(q, k, cos, sin):
 
 
 def ours() -> dict:
-    from kto_core.engine import lean
+    from kto_core.engine.layers import lean
 
     return {
         "swiglu": lambda gate, up: lean._Gated.apply(up, gate),

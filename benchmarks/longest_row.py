@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
@@ -80,7 +81,7 @@ def rows(length: int, count: int, vocabulary: int):
     """Rows of exactly ``length`` tokens with nothing in common, and labels of both kinds."""
     import numpy as np
 
-    from kto_core.template import Encoded
+    from kto_core.data.rendering.template import Encoded
 
     random = np.random.default_rng(0)
     ids = random.integers(3, vocabulary, (count, length)).tolist()
@@ -117,8 +118,8 @@ def _attempt(args, found: dict) -> None:
     import kto_step
     import torch
 
-    from kto_core.model import load_tokenizer
-    from kto_core.trainer import encoded_dataset
+    from kto_core.models.load import load_tokenizer
+    from kto_core.training.trainer import encoded_dataset
 
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -140,16 +141,16 @@ def _attempt(args, found: dict) -> None:
         cache = str(Path(out) / "cache")
         trainer = kto_step.build(one, model, tokenizer, dataset, out, gpu, cache)
         if args.worker == "forced":
-            trainer.engine.offload = gpu
+            trainer.engine.limits = replace(trainer.engine.limits, offload=gpu)
         began = time.perf_counter()
         trainer.train()
         if gpu:
             torch.cuda.synchronize()
         found["seconds"] = round(time.perf_counter() - began, 2)
         if engine == "packed":
-            e = trainer.engine
-            found["limits"] = {"token_budget": e.token_budget, "recomputed": e.checkpoint_layers, "of": len(e.layers)}
-            found["limits"]["offload"] = e.offload
+            e, cut = trainer.engine, trainer.engine.limits
+            found["limits"] = {"token_budget": cut.token_budget, "recomputed": cut.checkpoint_layers}
+            found["limits"] |= {"of": len(e.layers), "offload": cut.offload}
     peak = torch.cuda.max_memory_reserved() if gpu else kto_step.peak_rss()
     found["peak_gib"] = round(peak / 2**30, 2)
 

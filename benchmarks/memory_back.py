@@ -35,13 +35,15 @@ def held() -> dict[str, float]:
 
 def one_round(args, model: str):
     """Yields the name of each step once it is done."""
-    from kto_core import chat, config
-    from kto_core import run as runs
-    from kto_core.export import merge
+    from kto_core.chat import chat
+    from kto_core.config import resolving
+    from kto_core.export.export import merge
+    from kto_core.runs import folders
+    from kto_core.training import start as starting
 
     overrides = {"model": model, "data": args.data, "max_steps": args.steps, "save_steps": 10**6}
-    run = runs.create(config.resolve(args.preset, overrides))
-    runs.start(run, block=True)
+    run = folders.create(resolving.resolve(args.preset, overrides))
+    starting.start(run, block=True)
     state = run.state()
     if state.state != "finished":
         raise SystemExit(f"training ended as {state.state}: {state.error}")
@@ -51,7 +53,7 @@ def one_round(args, model: str):
     loaded.unload()
     yield f"chat ({len(text)} characters)"
     merge(run)
-    run.delete()
+    folders.delete(run)
     yield "merge"
 
 
@@ -71,7 +73,7 @@ def main(argv=None) -> int:
     import os
 
     os.environ["KTO_STUDIO_RUNS"] = tempfile.mkdtemp(prefix="kto-memory-")
-    from kto_step import model_folder
+    from step_engines import model_folder
 
     model, found = model_folder(args.model), []
     for number in range(1, args.rounds + 1):

@@ -34,7 +34,7 @@ def limit_to(gib: float) -> None:
 
 def limit_after(run_dir: Path, steps: int, gib: float, done: threading.Event) -> None:
     """Wait until the run has logged ``steps`` steps, then lower the limit."""
-    from kto_core import events
+    from kto_core.runs import events
 
     state, offset = None, 0
     while not done.wait(0.02):
@@ -47,13 +47,15 @@ def limit_after(run_dir: Path, steps: int, gib: float, done: threading.Event) ->
 
 def one(args, model: str, then_gib: float | None) -> dict:
     """One run; its state, error, losses and what the log says of memory."""
-    from kto_core import config, events, train
+    from kto_core.config import resolving
+    from kto_core.runs import events
+    from kto_core.training import train
 
     run_dir = Path(tempfile.mkdtemp(prefix="kto-oom-"))
     overrides = {"model": model, "data": args.data, "max_steps": args.steps, "save_steps": 10**6, "engine": args.engine}
     overrides |= {"output_dir": str(run_dir), "num_train_epochs": 100}
     overrides |= {k: v for k in CHANGES if (v := getattr(args, k)) is not None}
-    resolved = config.resolve(args.preset, overrides).config
+    resolved = resolving.resolve(args.preset, overrides).config
     done = threading.Event()
     if then_gib:
         threading.Thread(target=limit_after, args=(run_dir, args.after, then_gib, done), daemon=True).start()
@@ -88,11 +90,11 @@ def arguments(argv=None) -> argparse.Namespace:
 
 def main(argv=None) -> int:
     args = arguments(argv)
-    from kto_step import model_folder
+    from step_engines import model_folder
 
-    from kto_core import hardware
+    from kto_core.hardware import gpus
 
-    os.environ[hardware.LIMIT] = str(args.cap_gib)
+    os.environ[gpus.LIMIT] = str(args.cap_gib)
     model = model_folder(args.model, nf4=True)
     limits = [None, *(float(x) for x in args.then_gib.split(",") if x)]
     runs = [one(args, model, then) for then in limits]

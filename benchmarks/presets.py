@@ -33,14 +33,19 @@ GIB = 2**30
 def one(args) -> dict:
     """Train one preset here; what happened, as a dict. Called in a fresh process."""
     if args.engine == "unsloth":
-        from kto_core.unsloth_model import import_first
+        from kto_core.models.unsloth_load import import_first
 
         import_first()
     import shapes
     import torch
 
-    from kto_core import config, events, hardware, model, train, train_data
-    from kto_core import run as runs
+    from kto_core.config import resolving
+    from kto_core.hardware import gpus as hardware
+    from kto_core.models import load
+    from kto_core.planning import memory, training_data
+    from kto_core.runs import events, folders
+    from kto_core.training import start as starting
+    from kto_core.training import train
 
     os.environ[hardware.LIMIT] = str(args.cap_gib)  # also for the child in which Unsloth trains
     shape = args.shape or MODELS[args.preset]
@@ -61,12 +66,12 @@ def one(args) -> dict:
     if args.num_gpus:
         overrides |= {"num_gpus": args.num_gpus, "worker": "process"}
         overrides |= {"shard": args.shard} if args.num_gpus > 1 else {}
-    resolved = config.resolve(args.preset, overrides)
+    resolved = resolving.resolve(args.preset, overrides)
     c = resolved.config
-    tokenizer = model.load_tokenizer(name)
-    planned = train_data.plan_data(c, tokenizer)
+    tokenizer = load.load_tokenizer(name)
+    planned = training_data.plan_data(c, tokenizer)
     lengths = planned.lengths
-    plan = hardware.plan(c, lengths, packed=planned.packed(c))
+    plan = memory.plan(c, lengths, packed=planned.packed(c))
     out = {
         "preset": args.preset,
         "model": Path(name).name,
@@ -87,7 +92,7 @@ def one(args) -> dict:
     started = time.perf_counter()
     try:
         if args.num_gpus:
-            runs.start(runs.create(resolved), block=True)
+            starting.start(folders.create(resolved), block=True)
         else:
             train.train(c, run_dir)
     except Exception as e:
@@ -151,7 +156,7 @@ def scaling(results: list[dict]) -> str:
 
 def where(run_dir: Path) -> dict:
     """How far a run came that was not waited for: its state, step and last remark."""
-    from kto_core import events
+    from kto_core.runs import events
 
     if not (run_dir / "events.jsonl").exists():
         return {"state": "before the run: making or looking at the model and the data"}
@@ -162,7 +167,7 @@ def where(run_dir: Path) -> dict:
 
 def longest(data: str, count: int, folder: str) -> str:
     """A file of the ``count`` longest rows of ``data``, half of them of each label."""
-    from kto_core import dataset
+    from kto_core.data import dataset
 
     rows = dataset.load(data).rows
     by_length = sorted(range(len(rows)), key=dataset.lengths(rows).__getitem__, reverse=True)
@@ -173,13 +178,13 @@ def longest(data: str, count: int, folder: str) -> str:
 
 def end(run_dir: Path, patience: float = 30.0) -> None:
     """End a worker that is not waited for: it has a session of its own and would keep the GPU."""
-    from kto_core import alive
-    from kto_core.stopping import STOP_NOW
+    from kto_core.runs import locks
+    from kto_core.runs.stopping import STOP_NOW
 
     if not run_dir.is_dir():
         return
     until = time.monotonic() + patience
-    while alive.is_alive(run_dir) and time.monotonic() < until:
+    while locks.is_alive(run_dir) and time.monotonic() < until:
         (run_dir / "stop").write_text(STOP_NOW)
         time.sleep(0.5)
 

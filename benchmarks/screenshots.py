@@ -13,9 +13,9 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 
-import browser  # noqa: E402
+from tests.support import browser  # noqa: E402
 
 TABS = ("Data", "Train", "Chat", "Export")
 HEIGHT = 1000

@@ -69,7 +69,7 @@ def make(
     if (folder / "tokenizer_config.json").exists():  # saved last
         return folder
     if tokenizer_dir is None:
-        from kto_core.demo_model import demo_model_dir
+        from kto_core.models.demo_model import demo_model_dir
 
         tokenizer_dir = demo_model_dir()
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)

@@ -20,9 +20,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 
-import browser  # noqa: E402
+from tests.support import browser  # noqa: E402
 
 # clicks (or types) and waits, frame by frame, until the condition holds; milliseconds
 ACT = """async ([act, done]) => {
@@ -73,7 +73,7 @@ def use(page, seconds: float) -> dict[str, list[float]]:
         for button, place in (("forth", "51–100"), ("forth", "101–150"), ("back", "51–100"), ("back", "1–50")):
             click = f"document.querySelector('button#data-{button}').click()"
             act("turn a page of the table", click, f"{RANGE}.includes('{place} of')")
-        for label, rows in (("Undesirable", 150), ("All", 300)):
+        for label, rows in (("👎 Bad", 150), ("All", 300)):
             click = (
                 "[...document.querySelectorAll('#data-label label')].find(l => l.innerText.trim() === "
                 f"'{label}').querySelector('input').click()"
