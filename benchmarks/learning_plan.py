@@ -40,14 +40,14 @@ class Job:
 # rate looks further down, one to less further up.
 CHANGES = (
     ("beta 0.5", {"beta": 0.5}, (-1, 0, 1, 2)),
+    ("A = 0", {"start": "A=0"}, (-3, -2, -1, 0)),
     ("r 16", {"r": 16, "alpha": 32}, (-1, 0, 1, 2)),
+    ("batch 8, 1000 rows", {"batch": 8, "rows": 1000}, (-2, -1, 0, 1)),
+    ("300 rows", {"rows": 300}, (-1, 0, 1, 2)),
     ("alpha 32", {"alpha": 32}, (-1, 0, 1, 2)),
     ("all rows", {"rows": 0}, (-2, -1, 0, 1)),
-    ("300 rows", {"rows": 300}, (-1, 0, 1, 2)),
     ("beta 0.25", {"beta": 0.25}, (-1, 0, 1, 2)),
-    ("A = 0", {"start": "A=0"}, (-3, -2, -1, 0)),
     ("1000 rows", {"rows": 1000}, (-1, 0, 1, 2)),
-    ("batch 8, 1000 rows", {"batch": 8, "rows": 1000}, (-2, -1, 0, 1)),
 )
 PAIRS = (
     ("beta 0.5, r 16", {"beta": 0.5, "r": 16, "alpha": 32}, (-1, 0, 1, 2)),
