@@ -2,9 +2,9 @@
 
     python benchmarks/families.py [--json OUT]
 
-For each architecture of tests/support/oracle.py: the comparison that every run makes at its start (`engine.probe`), then
-16 rows scored in packed passes beside one row at a time through the model's own forward. In bf16 both sides are also
-compared with the fp32 values, so that a packed pass that is further off than the model's own rounding shows.
+For each architecture of tests/support/oracle.py: the comparison that every run makes at its start (`engine.probe`),
+then 16 rows scored in packed passes beside one row at a time through the model's own forward. In bf16 both sides are
+also compared with the fp32 values, so that a packed pass that is further off than the model's own rounding shows.
 """
 
 from __future__ import annotations

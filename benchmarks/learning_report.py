@@ -102,22 +102,52 @@ def changes_table(found: dict, base: dict[str, Curve]) -> str:
     return table(head, rows)
 
 
+def changes_by_setting(found: dict, base: dict[str, Curve]) -> str:
+    """What `changes_table` averages: each curve at its own best rate."""
+    rows = []
+    for setting, curve in base.items():
+        others = {c: x for (s, c), x in found.items() if s == setting and c not in ("base", "probe")}
+        for change, c in ({"base": curve} | others).items():
+            sides = c.at[c.rates[c.lowest]]
+            v = {k: mean(sides, k) for k in SHOWN}
+            beta = sides[0]["beta"]
+            nats = [number(v[k] / beta, "+.1f") for k in ("chosen", "rejected")] + [number(v["moved"], ".1f")]
+            changed = f"{number(v['answers_changed'], '.0f')}/{sides[0]['answers']}"
+            best = f"{c.rates[c.lowest]:g}"
+            rows.append([setting, change, best, len(sides), number(v["auc"], ".3f"), *nats, changed])
+    head = ["setting", "change", "best rate", "seeds", "AUC", "good answers, nats", "bad answers, nats",
+            "nats an answer", "answers changed"]  # fmt: skip
+    return table(head, rows)
+
+
+def independent(columns: dict[str, np.ndarray], others: np.ndarray) -> dict[str, np.ndarray]:
+    """The columns that the others (``[n, k]``) and those before them do not determine: a fit can tell only these."""
+    kept, rank = {}, np.linalg.matrix_rank(others)
+    for name, column in columns.items():
+        tried = np.column_stack([*kept.values(), column, others])
+        if np.linalg.matrix_rank(tried) > rank:
+            kept[name], rank = column, np.linalg.matrix_rank(tried)
+    return kept
+
+
 def movement_fit(results: list[dict]) -> str:
-    """log(nats an answer) as a sum over the logarithms of rate, steps, alpha, r and beta, with a constant a setting."""
+    """log(nats an answer) as a sum over the logarithms of rate, steps, alpha, r and beta, with a constant a setting.
+    Of values that were only changed together, the first stands for both."""
     used = [
         r for r in results if r.get("moved") and 0.1 < r["moved"] < 20 and r["start"] == "B=0" and r["rate_sum"] > 0
     ]
-    names = ("rate", "rate_sum / rate", "alpha", "r", "beta", "batch")
-    columns = [[np.log(r["rate_sum"] / r["rate"]) if "/" in n else np.log(r[n]) for n in names] for r in used]
     settings = sorted({r["setting"] for r in used})
-    a = np.array([c + [float(r["setting"] == s) for s in settings] for c, r in zip(columns, used, strict=True)])
-    if len(used) < len(names) + len(settings) + 5:
+    if len(used) < 6 + len(settings) + 5:
         return "Too few trainings for a fit.\n"
+    of_setting = np.array([[float(r["setting"] == s) for s in settings] for r in used])
+    columns = {n: np.log([r[n] for r in used]) for n in ("rate", "alpha", "r", "beta", "batch")}
+    columns["steps, by the schedule"] = np.log([r["rate_sum"] / r["rate"] for r in used])
+    kept = independent(columns, of_setting)
+    a = np.column_stack([*kept.values(), of_setting])
     y = np.log([r["moved"] for r in used])
     solved = np.linalg.lstsq(a, y, rcond=None)[0]
     off = y - a @ solved
-    rows = [[n if "/" not in n else "steps, by the schedule", f"{k:.2f}"] for n, k in zip(names, solved, strict=False)]
-    rows = [row for row, column in zip(rows, a.T, strict=False) if np.ptp(column) > 0]
+    rows = [[name, f"{k:.2f}"] for name, k in zip(kept, solved, strict=False)]
     said = (
         f"{len(used)} trainings between 0.1 and 20 nats; what the fit leaves: a factor of {np.exp(off.std()):.2f}.\n\n"
     )
@@ -231,6 +261,7 @@ def page(settings: dict, results: list[dict], svgs: dict[str, str]) -> str:
         best_table(base),
         *[f"### {s}\n\n{curve_table(c)}" for s, c in base.items()],
         "## One change at a time\n", changes_table(found, base),
+        changes_by_setting(found, base),
         "## Movement\n", picture.get("learning-moved.svg", ""), movement_fit(results),
         "## Rules\n", "On the base curves:\n", rules_table(list(base.values())),
         "On all curves:\n", rules_table(trained),

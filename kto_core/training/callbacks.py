@@ -206,10 +206,12 @@ class Movement:
         before = sum(sum(schedule(i) for i in range(s)) for s in window) / len(window)
         some = range(0, total, max(1, total // 1000))
         whole = sum(schedule(i) for i in some) * total / len(some)
-        if before <= 0 or moved <= 2 * self.noise:
+        rounding = moved <= 2 * self.noise
+        end = moved * whole / before if before > 0 else math.inf  # within rounding: at most
+        if rounding and end >= self.LITTLE:
             return [(f"After {step} steps no answer has moved by more than rounding does ({moved:.2g} nats).", "info")]
-        end = moved * whole / before
-        text = f"After {step} steps an answer has moved by {moved:.2g} nats. After {total:,} it will be about {end:.2g}"
+        far = "more than 100" if end > 100 else f"about {end:.2g}"
+        text = f"After {step} steps an answer has moved by {moved:.2g} nats. After {total:,} it will be {far}"
         if end >= self.LITTLE:
             return [(f"{text}, or less where it levels off.", "info")]
         return [(f"{text}, which is almost nothing. Raise learning_rate, or set it to auto.", "warning")]
