@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -20,6 +19,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from kto_core.data.splitting import question  # noqa: E402
 
 HELD_OUT = 0.1
 MAX_LENGTH = 2048
@@ -39,14 +40,12 @@ PLAIN = (
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
 
-def question(row) -> str:
-    """The last user turn without case and white space: another system prompt does not make a new question."""
-    asked = [m for m in row.prompt if m["role"] == "user"] or row.prompt
-    return re.sub(r"\s+", " ", str(asked[-1].get("content") or "")).strip().lower()
-
-
 def split(rows: list, share: float, seed: int = 0) -> tuple[list[int], list[int]]:
-    """Numbers of (training, held-out) rows: all rows of a question on one side, at most ``share`` held out."""
+    """Numbers of (training, held-out) rows: all rows of a question on one side, at most ``share`` held out.
+
+    The recorded sweeps were made with it. Runs hold rows out by `kto_core.data.splitting.split_rows`, which also keeps
+    the share of each label.
+    """
     groups: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
         groups.setdefault(question(row), []).append(i)

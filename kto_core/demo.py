@@ -47,7 +47,8 @@ def run_demo(
         ``run`` (id), ``seed``, ``steps``; ``training_seconds`` from the start of the run to its end, loading and
         scoring included, ``seconds`` of everything; ``habit``: for ``before`` and ``after`` the mean ``words`` of an
         answer (cut at 96 tokens), ``short_share`` (of 1 to 15 words) and ``right_share`` on held-out prompts;
-        ``margin``, ``auc``, ``kl`` on held-out rows; ``samples``: three of ``prompt``, ``base``, ``tuned``.
+        ``margin``, ``auc``, ``kl`` and the ``verdict`` on held-out rows; ``samples``: three of ``prompt``, ``base``,
+        ``tuned``.
 
     Raises:
         RunError: training failed or was stopped; the message says why.
@@ -58,7 +59,8 @@ def run_demo(
     from kto_core.runs import folders
 
     started = time.monotonic()
-    given = {"data": str(DATA), "seed": seed, "run_name": "demo", **(overrides or {})}
+    # the example has a file of held-out rows, which the demo judges the run with
+    given = {"data": str(DATA), "seed": seed, "run_name": "demo", "test_size": 0.0, **(overrides or {})}
     run = folders.create(resolving.resolve("demo", given, origin="demo"))
     if on_run:
         on_run(run)
@@ -97,6 +99,7 @@ def run_demo(
         "margin": measured["rewards/margins"],
         "auc": measured["auc"],
         "kl": measured["kl"],
+        "verdict": measured["verdict"]["sentence"],
         "samples": [{"prompt": p[-1]["content"], "base": b, "tuned": t} for p, b, t in shown],
     }
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kto_core.errors import DataError, DiskError
 from kto_core.jobs import Progress, check_cancel, no_progress, part_of
@@ -12,8 +14,15 @@ from kto_core.verdict import held_out, judging, keeping
 
 from . import measuring
 
+if TYPE_CHECKING:
+    from kto_core.planning.training_data import Planned
+
 SAMPLES = 16  # prompts answered by both models
 ANSWER_TOKENS = 128
+SECONDS = {True: 50.0, False: 35.0}  # on a GPU and without one: for the rewards of a run's own rows; as many to answer
+READS = 4  # passes over the rows: two models, each with the rows' own answers and with those of other rows
+SLOWER = 4  # times that a token takes when it is written and not read, eight answers at once
+LEAST_SAMPLES = 2
 
 
 def evaluate(
@@ -24,6 +33,7 @@ def evaluate(
     checkpoint=None,
     samples: int = SAMPLES,
     keep: bool = True,
+    planned: Planned | None = None,
     progress: Progress = no_progress,
     cancel: threading.Event | None = None,
 ) -> dict:
@@ -31,15 +41,18 @@ def evaluate(
 
     Args:
         run: a `run.Run`, its id or folder.
-        data: file or Hub id, in any form `dataset.load` takes. None: the run's validation rows.
+        data: file or Hub id, in any form `dataset.load` takes; all of its rows are used. None: the run's validation
+            rows, as many as this machine reads in `SECONDS`.
         samples: prompts of the data that both models answer (greedy, at most 128 tokens).
         keep: write the result into the run's folder as its verdict. A checkpoint's is never kept.
+        planned: the run's rows where the caller has them.
 
     Returns:
         ``moved`` (nats), TRL's ``rewards/…`` with ``margin_interval`` and ``chosen_interval`` (95 %, over questions),
-        ``answers`` (changed, their tokens), ``accuracy`` at 0, ``auc`` (the probability that a good row's reward beats
-        a bad one's; 0.5 is chance), ``kl``, ``loss``, ``forgotten`` (perplexity on a neutral text), ``verdict`` (word,
-        reasons, sentence), counts, ``remarks``, ``samples``. A number is None where it is not finite or not known.
+        ``answers`` (changed, their tokens) and ``answer_lengths`` by label, ``accuracy`` at 0, ``auc`` (the probability
+        that a good row's reward beats a bad one's; 0.5 is chance), ``kl``, ``loss``, ``forgotten`` (perplexity on a
+        neutral text), ``verdict`` (word, reasons, sentence), counts, ``remarks``, ``samples``. A number is None where
+        it is not finite or not known.
 
     Raises:
         DataError: unreadable, no row held out, fewer than two rows that fit, or one label only.
@@ -57,11 +70,16 @@ def evaluate(
         raise DataError(f"{name} is not a run, so there is nothing to compare. `runs list` shows all runs.")
     found = run if isinstance(run, Run) else folders.find(str(run))
     tokenizer = load_tokenizer(config.model, progress, cancel)
-    rows = held_out.find(found, config, tokenizer, data, split, part_of(progress, 0.0, 0.1), cancel)
+    rows = held_out.find(found, config, tokenizer, data, split, part_of(progress, 0.0, 0.1), cancel, planned)
     _require_both_labels(rows, config.max_length)
     mark = keeping.fingerprint(Path(adapter))
     loaded = chat.Chat.load(run, checkpoint=checkpoint, progress=progress, cancel=cancel)
     try:
+        if data is None:
+            progress(0.1, "Measuring the speed…")
+            rate, seconds = measuring.speed(loaded), SECONDS[loaded.device != "cpu"]
+            rows = rows.within(int(rate * seconds / READS), config.seed)
+            samples = min(samples, max(LEAST_SAMPLES, int(rate * seconds / (2 * SLOWER * ANSWER_TOKENS))))
         labels = [row.label for row in rows.rows]
         numbers, measured = measuring.measure(
             loaded,
@@ -106,45 +124,68 @@ def _counts(rows: held_out.HeldOut, labels: list[bool]) -> dict:
         "questions": len(set(rows.questions)),
         "left_out": rows.too_long + (rows.trained_on or 0),
         "too_long": rows.too_long,
+        "unused": rows.unused,
         "trained_on": rows.trained_on,
     }
 
 
 def _answered(loaded, config, rows, count: int, progress: Progress, cancel) -> dict:
     """Greedy answers of the run and of the model that it began with, and how they differ."""
-    prompts = _questions(rows, count)
-    if not prompts:
+    asked = _asked(rows, count)
+    if not asked:
         return {"answers": None, "samples": []}
+    prompts = [row.prompt for row in asked]
     tuned = answers(loaded, prompts, progress=part_of(progress, 0.0, 0.5), cancel=cancel)
     with measuring.as_it_began(loaded.model, config.adapter) as own:
         base = answers(loaded, prompts, tuned=own, progress=part_of(progress, 0.5, 1.0), cancel=cancel)
+    lengths = [
+        [len(loaded.tokenizer(text, add_special_tokens=False).input_ids) for text in texts] for texts in (base, tuned)
+    ]
+    sides = {"good": [i for i, row in enumerate(asked) if row.label],
+             "bad": [i for i, row in enumerate(asked) if not row.label]}  # fmt: skip
 
-    def tokens(texts: list[str]) -> float:
-        return sum(len(loaded.tokenizer(t, add_special_tokens=False).input_ids) for t in texts) / len(texts)
+    def tokens(after: bool, which: list[int]) -> float:
+        return sum(lengths[after][i] for i in which) / len(which)
 
+    everything = list(range(len(asked)))
     return {
         "answers": {
             "asked": len(prompts),
             "changed": sum(b != t for b, t in zip(base, tuned, strict=True)),
-            "tokens_before": tokens(base),
-            "tokens_after": tokens(tuned),
+            "tokens_before": tokens(False, everything),
+            "tokens_after": tokens(True, everything),
             "at_most": ANSWER_TOKENS,
         },
+        "answer_lengths": {
+            side: {"asked": len(which), "before": tokens(False, which), "after": tokens(True, which)}
+            for side, which in sides.items()
+            if which
+        },
         "samples": [
-            {"prompt": p[-1]["content"], "base": b, "tuned": t} for p, b, t in zip(prompts, base, tuned, strict=True)
+            {"prompt": _said(row.prompt), "label": bool(row.label), "base": b, "tuned": t}
+            for row, b, t in zip(asked, base, tuned, strict=True)
         ],
     }
 
 
-def _questions(rows, count: int) -> list[list[dict]]:
-    """The first distinct prompts that are plain conversations."""
-    found: list[list[dict]] = []
+def _said(prompt: list[dict]) -> str:
+    return content if isinstance(content := prompt[-1]["content"], str) else json.dumps(content, ensure_ascii=False)
+
+
+def _asked(rows, count: int) -> list:
+    """Rows with distinct prompts that are plain conversations, of both labels by turns."""
+    sides: dict[bool, list] = {True: [], False: []}
+    seen: list[list[dict]] = []
     for row in rows:
-        if len(found) == count:
-            break
-        if row.prompt and row.prompt not in found and not row.tools and row.prompt[-1]["role"] == "user":
-            found.append(row.prompt)
-    return found
+        side = sides[bool(row.label)]
+        if len(side) == count or row.prompt in seen:
+            continue
+        if row.prompt and not row.tools and row.prompt[-1]["role"] == "user":
+            side.append(row)
+            seen.append(row.prompt)
+    few = min(map(len, sides.values()))
+    mixed = [row for pair in zip(*sides.values(), strict=False) for row in pair]
+    return [*mixed, *sides[True][few:], *sides[False][few:]][:count]
 
 
 def answers(

@@ -10,6 +10,7 @@ from kto_core.plain_text import one_line
 from . import output
 
 SHOWN, WIDE = 3, 300  # answers that are printed, and characters of one
+MARKS = {"same": "{}", "gone": "[-{}-]", "new": "{{+{}+}}"}
 SIDES = (("Prompt", "prompt"), ("Before", "base"), ("After", "tuned"))
 
 
@@ -77,7 +78,9 @@ def described(result: dict) -> str:
     changed = [s for s in result["samples"] if s["base"] != s["tuned"]][:SHOWN]
     lines = []
     for sample in changed:
-        lines += [f"{name:<8}{one_line(sample[key], WIDE)}" for name, key in SIDES] + [""]
+        lines += [f"{name:<8}{one_line(sample[key], WIDE)}" for name, key in SIDES]
+        pieces = wording.changed(sample["base"], sample["tuned"])
+        lines += [f"{'Diff':<8}{one_line(''.join(MARKS[kind].format(text) for kind, text in pieces), 2 * WIDE)}", ""]
     lines += [f"{name:<16}{text}" for name, text in wording.lines(result)]
     lines += [f"{'Note':<16}{remark}" for remark in result["remarks"]]
     return "\n".join([*lines, "", result["verdict"]["sentence"]])

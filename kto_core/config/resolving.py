@@ -22,6 +22,9 @@ from kto_core.plain_text import cut
 from . import controls, plain_yaml
 from .run_config import RunConfig
 
+# what a run's config.yaml means by not naming a setting: it was begun before there was one
+UNNAMED = {"test_size": 0.0, "split_by": "prompt"}
+
 
 @dataclass
 class Resolved:
@@ -147,7 +150,7 @@ def load_config(path: str | os.PathLike[str]) -> Resolved:
     values = plain_yaml.read(Path(path))
     origins = values.pop("origins", None) or {}
     origins = origins if isinstance(origins, dict) else dict.fromkeys(values, "default")
-    config, problems = _check(values, f" ({path})")
+    config, problems = _check(UNNAMED | values, f" ({path})")
     if config is None:
         raise ConfigError(problems)
     if not values.keys() <= origins.keys():  # half a file is YAML too, and would train with defaults
@@ -162,7 +165,7 @@ def as_trl(config: RunConfig) -> dict[str, Any]:
 
     Our fields carry those names already; ``warmup_steps`` repeats ``warmup_ratio``: transformers 5 takes a share there.
     """
-    values = config.model_dump(mode="json", exclude={"alternatives"})
+    values = config.model_dump(mode="json", exclude={"alternatives", "split_by"})
     return {**values, "warmup_steps": config.warmup_ratio, "effective_batch_size": config.effective_batch_size}
 
 

@@ -38,6 +38,7 @@ def _names(value: object) -> object:
 Names = Annotated[list[str], BeforeValidator(_names)]
 Threshold = Annotated[float, Field(allow_inf_nan=False)] | None
 AutoOrBool = Literal["auto"] | bool
+TestSize = Literal["auto"] | Annotated[float, Field(ge=0, le=0.5)]
 Rate = Literal["auto", "rule"] | Annotated[float, Field(gt=0, le=0.1)]
 EARLIER_RATE = 5e-7  # of the tool that this one follows
 
@@ -96,9 +97,17 @@ class RunConfig(BaseModel):
         True, "Train on an answer's thought too. Without it, only the answer after the thought is trained.",
         group="Model and data",
     )  # fmt: skip
-    test_size: float = _field(
-        0.0, "Fraction of the prompts used for validation instead of training. 0: none.", group="Model and data",
-        ge=0, le=0.5,
+    test_size: TestSize = _field(
+        "auto",
+        "Fraction of the questions held out of training, for validation and the verdict. auto: a tenth, at most 500 "
+        "rows. 0: none.",
+        group="Model and data",
+    )
+    split_by: Literal["question", "prompt"] = _field("question", "What may not lie on both sides of the split.",
+                                                     group="Hidden")  # fmt: skip
+    verdict: bool = _field(
+        True, "When training ends, say whether the run is better, with the rows that were held out.",
+        group="Model and data",
     )  # fmt: skip
     output_dir: str = _field("", "Output folder of the run. Empty: runs/<id>.", group="Model and data")
     run_name: str = _field("", "A name for the run.", group="Model and data", pattern=r"^[^/\\\x00-\x1f]{0,100}$")

@@ -31,9 +31,10 @@ from kto_core.jobs import Progress, check_cancel, no_progress
 
 from .as_seen import Seen
 from .contrast import Contrast
-from .order import split_rows, spread
+from .order import spread
 from .report import Issues, Report, histogram, require_trainable, weight_advice, write_issues
 from .row_text import characters, find
+from .splitting import split_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

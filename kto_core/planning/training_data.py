@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kto_core.data.splitting import FEWEST
 from kto_core.errors import DataError
 from kto_core.files import write_whole
 from kto_core.jobs import Progress, no_progress
@@ -28,6 +29,11 @@ if TYPE_CHECKING:
     from kto_core.runs.stopping import StopWatch
 
 NO_DATA = "No dataset is selected. Add --data with a file or the Hub id of a dataset."
+
+NONE_HELD = (
+    "No rows are held out: a tenth of {rows:,} rows is less than {few} good and {few} bad questions. `evaluate RUN "
+    "--data FILE` judges the run on other rows."
+)
 
 
 @dataclass
@@ -132,8 +138,10 @@ def plan_data(
     everything = rows
     test: list[Row] = []
     if config.test_size:
-        kept, held = dataset.split_rows(rows, config.test_size, config.seed)
+        kept, held = dataset.split_rows(rows, config.test_size, config.seed, config.split_by)
         rows, test = list(kept), list(held)
+        if not test:
+            remarks.append(NONE_HELD.format(rows=len(rows), few=FEWEST))
     require_both_labels([row.label for row in everything], config, too_long)
     require_both_labels([row.label for row in rows], config, too_long)
     if len(rows) < 2 * config.num_gpus:

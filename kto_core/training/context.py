@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,3 +32,25 @@ class RunContext:
     def advice(self) -> str:
         """The change that helps most where memory is short."""
         return helps_most(self.config, self.data.lengths)
+
+
+@dataclass
+class StatusProgress:
+    """``progress(fraction, text)`` of long work as status events: a new text at once, numbers every second.
+
+    Attributes:
+        state: of the events. what: stands before each text.
+    """
+
+    events: EventLog
+    state: str
+    what: str = ""
+    last: float = 0.0
+    head: str = ""
+
+    def __call__(self, fraction: float | None, text: str) -> None:
+        head = text.split(":")[0]
+        if head != self.head or time.monotonic() - self.last > 1:
+            self.head, self.last = head, time.monotonic()
+            share = {} if fraction is None else {"fraction": round(fraction, 3)}
+            self.events.status(self.state, message=self.what + text, **share)

@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import sys
-import time
 import traceback
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,12 +19,13 @@ from kto_core.hardware import out_of_memory
 from kto_core.jobs import duration
 from kto_core.models import facts as model_info
 from kto_core.models.adapter_gate import require_adapter
-from kto_core.planning.training_data import NO_DATA, plan_data, write_dataset_json
+from kto_core.planning.training_data import NO_DATA, Planned, plan_data, write_dataset_json
 from kto_core.runs import checkpoints, locks, ranks
 from kto_core.runs.events import EventLog, state_of
 
+from . import verdict
 from .build import build_trainer, connect_callback, find_rate
-from .context import RunContext
+from .context import RunContext, StatusProgress
 
 if TYPE_CHECKING:
     from kto_core.config.run_config import RunConfig
@@ -76,11 +75,14 @@ def _guarded(config: RunConfig, run_dir: Path, events: EventLog, end_on_second_s
                 finally:  # also on a full disk
                     end_process()
 
-            with (
-                StopWatch(run_dir, events, end_now if end_on_second_stop else None) as watch,
-                claim("train", run_dir.name),
-            ):
-                return _train(config, run_dir, events, watch)
+            with StopWatch(run_dir, events, end_now if end_on_second_stop else None) as watch:
+                with claim("train", run_dir.name):
+                    last, data = _train(config, run_dir, events, watch)
+                if last["state"] == "finished":
+                    give_back()  # the trainer's model
+                    with contextlib.suppress(OSError):  # a full disk; the adapter is saved
+                        verdict.judge(config, run_dir, events, watch, data)
+                return last
         except Exception as e:
             kept = traceback.format_exc()
             error = e if isinstance(e, KTOError) else _understood(e)
@@ -150,28 +152,15 @@ def _understood(e: Exception) -> KTOError | None:
 # ---- the phases -----------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Progress:
-    """``progress(fraction, text)`` of long preparations, as status events: a new text at once, numbers every second."""
+def _train(config: RunConfig, run_dir: Path, events: EventLog, watch: StopWatch) -> tuple[dict, Planned]:
+    """All phases up to the saved adapter; raises what goes wrong.
 
-    events: EventLog
-    last: float = 0.0
-    head: str = ""
-
-    def __call__(self, fraction: float | None, text: str) -> None:
-        head = text.split(":")[0]
-        if head != self.head or time.monotonic() - self.last > 1:
-            self.head, self.last = head, time.monotonic()
-            share = {} if fraction is None else {"fraction": round(fraction, 3)}
-            self.events.status("preparing", message=text, **share)
-
-
-def _train(config: RunConfig, run_dir: Path, events: EventLog, watch: StopWatch) -> dict:
-    """All phases. Returns the fields of the terminal status event; raises what goes wrong."""
+    Returns the fields of the terminal status event, and the run's rows.
+    """
     from kto_core.models import load as models
     from kto_core.planning import checks
 
-    progress = _Progress(events)
+    progress = StatusProgress(events, "preparing")
     watch.check()
     checks.check_libraries(config)
     progress(None, f"Reading {config.data or 'the data'}…")
@@ -214,7 +203,7 @@ def _train(config: RunConfig, run_dir: Path, events: EventLog, watch: StopWatch)
         connect_callback(trainer, run, checkpoint, earlier=before.metrics.total > 0)
         watch.check()
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        return _finish(trainer, run)
+        return _finish(trainer, run), data
 
 
 def _finish(trainer, run: RunContext) -> dict:

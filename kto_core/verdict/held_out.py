@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import random
 import threading
-import unicodedata
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
+from kto_core.data.splitting import FEWEST, question
 from kto_core.errors import Cancelled, DataError, KTOError, MapError
 from kto_core.jobs import Progress, no_progress
 
@@ -27,7 +28,7 @@ class HeldOut:
     Attributes:
         source: where they come from, in words or as it was given.
         trained_on: rows left out because the run trained on their question; None: that is not known.
-        too_long: rows left out because of their length.
+        too_long: rows left out because of their length. unused: because there was no time for them.
         remarks: sentences that a reader of the result must know.
     """
 
@@ -38,21 +39,33 @@ class HeldOut:
     trained_on: int | None
     too_long: int
     remarks: list[str] = field(default_factory=list)
+    unused: int = 0
 
+    def within(self, tokens: int, seed: int = 0) -> HeldOut:
+        """As many whole questions as have at most so many tokens, in a random order.
 
-def question(row: Row) -> str:
-    """What a row asks: its last user turn, whatever the case, the blanks and the system prompt are.
-
-    A row without one asks with its whole prompt.
-    """
-    asked = [m for m in row.prompt if m.get("role") == "user"][-1:] or row.prompt
-    return " ".join(unicodedata.normalize("NFKC", " ".join(_text(m.get("content")) for m in asked)).casefold().split())
-
-
-def _text(content: Any) -> str:
-    if isinstance(content, list):  # parts
-        return " ".join(str(p.get("text", "")) if isinstance(p, dict) else str(p) for p in content)
-    return "" if content is None else str(content)
+        `FEWEST` of each label are taken whatever they cost: with fewer there is no verdict.
+        """
+        groups: dict[str, list[int]] = {}
+        for i, asked in enumerate(self.questions):
+            groups.setdefault(asked, []).append(i)
+        order = list(groups.values())
+        random.Random(seed).shuffle(order)
+        kept: list[int] = []
+        used, asked_of = 0, {True: 0, False: 0}
+        for group in order:
+            labels = {bool(self.rows[i].label) for i in group}
+            size = sum(len(self.encoded[i].prompt_ids) + len(self.encoded[i].completion_ids) for i in group)
+            if used + size > tokens and all(asked_of[label] >= FEWEST for label in labels):
+                continue
+            kept += group
+            used += size
+            for label in labels:
+                asked_of[label] += 1
+        kept.sort()
+        rows, encoded, questions = ([of[i] for i in kept] for of in (self.rows, self.encoded, self.questions))
+        unused = len(self.rows) - len(kept)
+        return replace(self, rows=rows, encoded=encoded, questions=questions, unused=unused)
 
 
 def find(
@@ -63,11 +76,13 @@ def find(
     split: str = "train",
     progress: Progress = no_progress,
     cancel: threading.Event | None = None,
+    planned: Planned | None = None,
 ) -> HeldOut:
     """The rows that judge a run: of ``data``, or without it those that the run held out.
 
     Args:
         run: a `run.Run`. data, split: in any form that `dataset.load` takes.
+        planned: the run's own rows where the caller has them; else they are read again.
 
     Raises:
         DataError: unreadable, nothing held out, or every question was trained on.
@@ -75,7 +90,7 @@ def find(
     """
     began = run.state().started
     if data is None:
-        planned = _planned(run, config, tokenizer, began, progress, cancel)
+        planned = planned or _planned(run, config, tokenizer, began, progress, cancel)
         trained = {question(row) for row in planned.train_rows}
         found = _unseen(VALIDATION, planned.test_rows, planned.test, trained)
     else:
@@ -135,7 +150,7 @@ def _planned(run, config, tokenizer, began, progress, cancel) -> Planned:
     if not config.test_size or not (facts.get("test") or {}).get("rows"):
         raise DataError(
             f"Run {run.id} held out no rows. Give rows that it was not trained on with --data, or train with "
-            "--test-size 0.1."
+            "more rows or --test-size 0.1."
         )
     try:
         planned = plan_data(config, tokenizer, progress, began=began, cancel=cancel)

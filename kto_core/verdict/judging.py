@@ -9,13 +9,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kto_core.data.splitting import FEWEST
+
 from .intervals import Interval
 
 BETTER, SAME, WORSE, DRIFTED = "better", "no difference", "worse", "drifted"
 WORDS = (BETTER, SAME, WORSE, DRIFTED)
 
 SURE = 0.99  # of the interval that decides. At 95 % one useless run in forty would be called better, here one in 200.
-FEWEST = 5  # questions of each label: with fewer, two that agree by chance look certain
 MOVED = 1.0  # nats an answer. Runs at 5e-7 move by 0.1 to 0.7, rounding included; runs that learned, by 10 and more.
 MARGIN = 0.5  # nats. At 5e-7 a margin of 0.04 nats can be certain (± 0.007 in one run) and still means nothing.
 LOST = 30.0  # nats. At the best rates good answers lose at most 20, at rates that destroy a model 40 to 10,000.

@@ -21,12 +21,15 @@ from . import judging
 FILE = "verdict.json"
 MOST, TEXT = 12, 500  # reasons and remarks that are read, and characters of one
 NUMBERS = ("rewards/margins", "rewards/chosen", "rewards/rejected", "accuracy", "auc", "kl", "loss", "rows",
-           "desirable", "undesirable", "questions", "too_long", "trained_on")  # fmt: skip
+           "desirable", "undesirable", "questions", "too_long", "unused", "trained_on")  # fmt: skip
 NESTED = {
     "moved": ("nats", "nats_per_token"),
     "answers": ("asked", "changed", "tokens_before", "tokens_after", "at_most"),
+    "lengths": ("good", "bad"),
     "forgotten": ("perplexity_before", "perplexity_after", "tokens"),
 }
+SIDES = ("good", "bad")
+MOST_SAMPLES, SAMPLE = 16, 1500  # that are read, and characters of one text
 INTERVALS = ("margin_interval", "chosen_interval")
 
 
@@ -59,11 +62,18 @@ def read(run) -> dict[str, Any] | None:
     result: dict[str, Any] = {name: _number(found.get(name)) for name in NUMBERS}
     result |= {name: _numbers(found.get(name), fields) for name, fields in NESTED.items()}
     result |= {name: _interval(found.get(name)) for name in INTERVALS}
+    result["answer_lengths"] = _by_label(found.get("answer_lengths"))
     result["data"] = one_line(str(found.get("data", "")), TEXT)
     result["remarks"] = _texts(found.get("remarks"))
     sentence = judging.said(verdict["word"], reasons)
     result["verdict"] = {"word": verdict["word"], "reasons": reasons, "sentence": sentence}
     return result
+
+
+def samples(run) -> list[dict[str, Any]]:
+    """What both models answered, kept with a verdict that `read` gives: ``prompt``, ``base``, ``tuned`` as text, cut;
+    ``label`` of the prompt's row, a bool or None."""
+    return _samples(bounded.read_dict(run.path / FILE).get("samples"))
 
 
 def key(run) -> tuple:
@@ -77,6 +87,26 @@ def _newest(run) -> Path | None:
     """The adapter that `evaluate` measures: the finished one, else the newest checkpoint's."""
     saved: Path | None = run.adapter or next(iter(run.checkpoints()[-1:]), None)
     return saved
+
+
+def _by_label(value: object) -> dict[str, dict[str, float | int]]:
+    """What is known of answers to prompts of good and bad rows."""
+    sides = value if isinstance(value, dict) else {}
+    found = {side: _numbers(sides.get(side), ("asked", "before", "after")) for side in SIDES}
+    return {side: numbers for side, numbers in found.items() if numbers}
+
+
+def _samples(value: object) -> list[dict[str, Any]]:
+    """Prompts with both answers; lines and blanks stay, whoever shows them escapes them."""
+    found = []
+    for sample in value[:MOST_SAMPLES] if isinstance(value, list) else []:
+        texts = [sample.get(name) for name in ("prompt", "base", "tuned")] if isinstance(sample, dict) else [None]
+        if all(isinstance(text, str) for text in texts):
+            prompt, base, tuned = (str(text)[:SAMPLE] for text in texts)
+            label = sample.get("label")
+            found.append({"prompt": prompt, "label": label if isinstance(label, bool) else None, "base": base,
+                          "tuned": tuned})  # fmt: skip
+    return found
 
 
 def _texts(value: object) -> list[str]:

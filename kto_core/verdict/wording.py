@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 from typing import Any
 
 NONE = "not known"
@@ -24,8 +26,32 @@ def lines(result: dict[str, Any]) -> list[tuple[str, str]]:
     if answers:
         before, after, most = (answers[k] for k in ("tokens_before", "tokens_after", "at_most"))
         found.append(("Answer length", f"{before:.0f} tokens before, {after:.0f} after (of at most {most})"))
+    found += _lengths(result)
     same = "perplexity {perplexity_before:.4g} before, {perplexity_after:.4g} after".format(**text) if text else NONE
     return [*found, ("Neutral text", same), ("Rows", _rows(result))]
+
+
+def _lengths(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """Answer lengths by the label of the row that the prompt is of, beside the length of such rows' own answers."""
+    own, found = result.get("lengths") or {}, []
+    for side, numbers in (result.get("answer_lengths") or {}).items():
+        text = "{before:.0f} tokens before, {after:.0f} after".format(**numbers)
+        if own.get(side) is not None:
+            text += f"; the {side} answers in the data have {own[side]:.0f}"
+        found.append((f"To {side} rows", text))
+    return found
+
+
+def changed(before: str, after: str) -> list[tuple[str, str]]:
+    """Two answers as one text in pieces: ("same" | "gone" | "new", piece), word by word."""
+    old, new = (re.findall(r"\S+\s*|\s+", text) for text in (before, after))
+    pieces: list[tuple[str, str]] = []
+    for kind, a, b, c, d in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+        if kind == "equal":
+            pieces.append(("same", "".join(old[a:b])))
+            continue
+        pieces += [(what, text) for what, text in (("gone", "".join(old[a:b])), ("new", "".join(new[c:d]))) if text]
+    return pieces
 
 
 def _known(numbers: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -55,6 +81,8 @@ def _rows(result: dict[str, Any]) -> str:
     text = "{:,.0f} ({:,.0f} good, {:,.0f} bad) that ask {:,.0f} questions".format(*counts)
     if trained_on := result.get("trained_on"):
         text += f"; {trained_on:,.0f} not used because the run was trained on their question"
+    if unused := result.get("unused"):
+        text += f"; {unused:,.0f} more not used, to save time"
     if too_long := result.get("too_long"):
         text += f"; {too_long:,.0f} too long"
     return text

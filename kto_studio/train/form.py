@@ -67,7 +67,8 @@ SUGGESTED = {  # of numbers in whose place a word may stand: (what is read, valu
         ("auto: found by short trials", "auto"),
         ("rule: from steps, alpha and model size", "rule"),
         (f"{short(EARLIER_RATE)}, the earlier tool's rate", short(EARLIER_RATE)),
-    ]
+    ],
+    "test_size": [("auto: a tenth, at most 500 rows", "auto"), ("0: none", "0")],
 }
 
 
@@ -109,7 +110,7 @@ def shown(value):
 def choice(c: Control, value):
     """`shown` for a field with choices, whose true and false are words, or with words among its numbers."""
     if c.words and isinstance(value, int | float):
-        return short(value)
+        return short(value) if 0 < value < 0.01 else f"{value:g}"
     return str(value).lower() if c.choices else shown(value)
 
 

@@ -12,6 +12,7 @@ from collections import OrderedDict
 from kto_core import jobs
 from kto_core.config import remarks as on_settings
 from kto_core.config import resolving
+from kto_core.data import splitting
 from kto_core.errors import DataError, HardwareError, KTOError
 from kto_core.hardware import gpus
 from kto_core.models import facts as model_info
@@ -132,14 +133,15 @@ def _quick_view(c, look, remarks: str, card: gpus.Device | None = None) -> str:
         return note(in_app(report.problem), "bad")
     tokens = report.lengths_unit == "tokens"
     rows = sum(report.fitting)
-    held = round(rows * c.test_size)
+    held = splitting.expected(*report.fitting, c.test_size)
     lengths = sorted(min(n if tokens else n // LETTERS + 1, c.max_length) for n in report.row_lengths)
     plan = memory_plan.plan(c, thin(lengths, SAMPLE), device=card)
     about = "" if tokens else "about "
+    split = "about " if held else ""  # as long as nobody has compared the questions
     steps = c.steps(max(1, rows - held))
     facts = {
-        "Steps": f"{about if c.test_size else ''}{steps:,}",
-        "Rows": f"{rows - held:,}" + (f" + {held:,} validation" if held else ""),
+        "Steps": f"{split}{steps:,}",
+        "Rows": f"{split}{rows - held:,}" + (f" + {held:,} validation" if held else ""),
         "Rows per step": f"{c.effective_batch_size:,}",
         "Tokens": f"{about}{sum(lengths):,}",
     }

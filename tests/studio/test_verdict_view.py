@@ -24,6 +24,20 @@ def test_no_verdict_no_line(tmp_path):
 
 
 def test_text_from_a_run_folder_is_escaped(tmp_path):
-    run = judged(tmp_path / "run", data=EVIL, remarks=[EVIL], verdict={"word": "worse", "reasons": [EVIL]})
+    samples = [{"prompt": EVIL, "base": EVIL, "tuned": f"{EVIL} b"}]
+    verdict = {"word": "worse", "reasons": [EVIL]}
+    run = judged(tmp_path / "run", data=EVIL, remarks=[EVIL], verdict=verdict, samples=samples)
     text = verdict_view.values(run)[0]["value"]
-    assert EVIL not in text and text.count("&lt;img") == 3
+    assert EVIL not in text and "<img" not in text and text.count("&lt;img") == 6
+
+
+def test_answers_stand_side_by_side_with_what_changed(tmp_path):
+    samples = [
+        {"prompt": "p1", "base": "alike", "tuned": "alike"},
+        {"prompt": "p2", "base": "a long answer", "tuned": "a short answer"},
+    ]
+    text = verdict_view.values(judged(tmp_path / "run", samples=samples))[0]["value"]
+    assert text.index("p2") < text.index("p1"), "what changed comes first"
+    assert "<td>a <del>long </del>answer</td><td>a <ins>short </ins>answer</td>" in text
+    assert "<td>alike</td><td><span" in text
+    assert "side by side" not in verdict_view.values(judged(tmp_path / "other", samples=[]))[0]["value"]

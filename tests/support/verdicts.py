@@ -14,6 +14,7 @@ RESULT = {
     "questions": 31,
     "left_out": 5,
     "too_long": 2,
+    "unused": 4,
     "trained_on": 3,
     "moved": {"nats": 9.65, "nats_per_token": 0.38},
     "rewards/margins": 1.93,
@@ -22,6 +23,10 @@ RESULT = {
     "chosen_interval": [-0.6, -0.3],
     "rewards/rejected": -2.41,
     "answers": {"asked": 16, "changed": 13, "tokens_before": 58.0, "tokens_after": 20.4, "at_most": 128},
+    "answer_lengths": {
+        "good": {"asked": 8, "before": 60.0, "after": 18.4},
+        "bad": {"asked": 8, "before": 56.0, "after": 22.4},
+    },
     "accuracy": 0.95,
     "auc": 0.99,
     "kl": 0.1,
@@ -30,7 +35,7 @@ RESULT = {
     "forgotten": {"perplexity_before": 20.0, "perplexity_after": 21.0, "tokens": 2000},
     "verdict": {"word": "better", "reasons": ["the reward margin is +1.93 and not chance"], "sentence": ""},
     "remarks": [],
-    "samples": [{"prompt": "secret", "base": "b", "tuned": "t"}],
+    "samples": [{"prompt": "secret", "label": True, "base": "b", "tuned": "t"}],
 }
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 LEAST_STEPS = 3
 LEAST_JUDGES, MOST_JUDGES = 16, {True: 128, False: 16}  # rows, on a GPU and without one
 LEAST_LABEL = 4  # of them, of each label
-OF_TRAINING = 3  # where no rows are held out, at most one of so many training rows judges
+OF_TRAINING = 3  # where too few rows are held out, at most one of so many training rows judges
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,9 @@ def choose(config: RunConfig, data: Planned, groups: Sequence[Sequence[int]], mo
         groups: numbers of the training rows of each of the run's first steps.
     """
     count = MOST_JUDGES[gpu]
-    if data.test:
-        judges = _some(range(len(data.test)), data.test_labels, count, config.seed)
+    if judges := _some(range(len(data.test)), data.test_labels, count, config.seed):
         steps = min(most, len(groups))
-        return Chosen(steps, True, judges) if steps >= LEAST_STEPS and judges else None
+        return Chosen(steps, True, judges) if steps >= LEAST_STEPS else None
     keys = [tuple(e.whole_prompt or e.prompt_ids) for e in data.train]
     for steps in range(min(most, len(groups)), LEAST_STEPS - 1, -1):
         trained = {keys[i] for group in groups[:steps] for i in group}
