@@ -65,8 +65,8 @@ def stages(settings: dict, done: dict[str, dict], plan: dict | None = None) -> l
 
     Args:
         settings: name -> facts (``rows``). done: id -> result; the changes' rates hang on the base curve of the first
-            seed, so they are listed once that is there. plan: ``rates``, ``seeds``, ``changes`` (False: none) other
-            than this module's, for a small sweep.
+            seed, so they are listed once that is there. plan: ``rates``, ``seeds``, ``changes`` (False: none; or the
+            names of some) other than this module's, for a small sweep.
     """
     plan = plan or {}
     rates, seeds = plan.get("rates", RATES), plan.get("seeds", SEEDS)
@@ -85,9 +85,10 @@ def stages(settings: dict, done: dict[str, dict], plan: dict | None = None) -> l
     listed.append(("far too much", [base(s, TOO_MUCH, first) for s in settings]))
     probe = {"max_steps": PROBE_STEPS, "schedule": "constant", "show": False}
     listed.append(("probes", [replace(j, change="probe", **probe) for j in curve(first)]))
+    chosen = plan.get("changes")
     for changes, which in ((CHANGES, seeds[:1]), (CHANGES, others), (PAIRS, seeds)):
         for seed in which:
-            for change in changes:
+            for change in (c for c in changes if not chosen or c[0] in chosen):
                 jobs = [j for s in settings for j in changed(s, change, seed, settings[s]["rows"], rates, first, done)]
                 listed.append((f"{change[0]}, seed {seed}", jobs))
     return listed

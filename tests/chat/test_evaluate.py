@@ -84,7 +84,7 @@ def test_a_trained_run_beats_chance_on_rows_it_has_not_seen(trained):
     assert result["moved"]["nats"] > abs(margin) and result["trained_on"] == result["left_out"] == 0
     assert result["forgotten"]["tokens"] > 5000, "the tiny model reads bytes"
     assert 50 < result["forgotten"]["perplexity_before"] < 500, "it knows nothing: about as many choices as bytes"
-    assert len(result["samples"]) == 2 and {"prompt", "base", "tuned"} == set(result["samples"][0])
+    assert len(result["samples"]) == 2 and {"prompt", "label", "base", "tuned"} == set(result["samples"][0])
     changed = sum(s["base"] != s["tuned"] for s in result["samples"])
     assert result["answers"]["changed"] == changed and result["answers"]["asked"] == 2
     assert 1.0 in seen and all(a <= b for a, b in zip(*(2 * [[x for x in seen if x]]), strict=True))
