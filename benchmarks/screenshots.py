@@ -59,7 +59,7 @@ def settle(page, name: str) -> None:
     browser.tab(page, name)
     shown = {
         "Data": "#data-row-view .seen",
-        "Train": "#plot-kl .marks",
+        "Train": "#plot-kl .curve-line",
         "Chat": "#chat-b .bot.message",
         "Export": "#export-facts table, #export-facts .note",
     }[name]

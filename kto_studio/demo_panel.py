@@ -31,7 +31,7 @@ def build(ctx: Context) -> None:
     with gr.Column(elem_classes="card", elem_id="demo"):
         with gr.Row(equal_height=True):
             gr.HTML(
-                "<h3>See it work</h3><p>Trains the built-in demo model on the example ratings to give short answers. "
+                "<h2>See it work</h2><p>Trains the built-in demo model on the example ratings to give short answers. "
                 "This takes a few minutes on two CPU cores. Then the model before and after training answers "
                 "questions it was not trained on.</p>",
                 elem_classes="panel-head",

@@ -25,7 +25,7 @@ os.environ["FORWARDED_ALLOW_IPS"] = ""  # uvicorn believes no proxy's word about
 LOCAL = ("127.0.0.1", "localhost", "::1")
 FIRST_PORT = 7860
 ASSETS = Path(__file__).with_name("assets")
-STYLES = [ASSETS / "style.css", ASSETS / "tabs.css"]
+STYLES = [ASSETS / name for name in ("style.css", "tabs.css", "curves.css")]
 BROWSER_KEY = "kto-studio-browser"  # obfuscates which data set and run were open; nothing secret is kept there
 FAVICON = ASSETS / "icon.svg"
 
@@ -60,6 +60,10 @@ def theme() -> gr.themes.Base:
         block_label_border_width="0px",
         block_label_border_width_dark="0px",
         block_title_text_weight="600",
+        block_title_text_color="*body_text_color",
+        block_title_text_color_dark="*body_text_color",
+        block_label_text_color="*body_text_color",
+        block_label_text_color_dark="*body_text_color",
         block_label_text_weight="600",
         body_text_color_subdued="#5b626b",
         body_text_color_subdued_dark="#a0a6af",
@@ -104,6 +108,8 @@ def build(*, demo: bool = False, public: bool = False) -> gr.Blocks:
         with gr.Row(elem_id="header"):
             gr.HTML(views.brand())
             status = gr.HTML(views.header_status(None, None), elem_id="header-status")
+            script = (ASSETS / "page.js").read_text(encoding="utf-8")
+            gr.HTML(views.theme_toggle(), elem_id="header-theme", js_on_load=script)
         demo_room = gr.Column(elem_id="demo-room") if demo else None
         advice, model = gr.State(None), gr.State(model_choices.first_model())  # not inside gr.Tabs: they count as tabs
         with gr.Tabs(elem_id="tabs", selected="data") as tabs:
@@ -237,7 +243,7 @@ def _serve(host: str, port: int | None, share: bool, demo: bool) -> None:
         share=share,
         run_history=False,  # the default keeps inputs, passwords included, in the browser in clear
         show_error=not public,
-        footer_links=["settings"],
+        footer_links=[],
         ssr_mode=False,
         enable_monitoring=False,
         quiet=True,

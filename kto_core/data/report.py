@@ -161,6 +161,13 @@ class Report:
         return ""
 
     @property
+    def left_out(self) -> dict[str, int]:
+        """Why rows are not trained on -> how many; with ``sum(fitting)`` it makes ``rows``."""
+        counts = {"dropped": self.rows - self.kept, "too long": self.too_long or 0}
+        refused = self.kept - sum(self.fitting) - counts["too long"]
+        return {why: n for why, n in (counts | {"cut by the chat template": refused}).items() if n > 0}
+
+    @property
     def warnings(self) -> list[str]:
         """What can be trained on, but is hardly meant; one sentence each."""
         lost = self.dropped.get(NOT_UTF8, 0)
@@ -182,7 +189,7 @@ class Report:
             "undesirable": self.undesirable,
             "duplicates": self.duplicates,
             "conflicts": self.conflicts,
-            "weights": weight_advice(self.desirable, self.undesirable),
+            "weights": weight_advice(*self.fitting),
             "lengths": self.lengths,
             "lengths_unit": self.lengths_unit,
         }
@@ -281,3 +288,21 @@ def _csv(issues: Iterator[dict[str, Any]] | Issues, file: TextIO) -> None:
         if detail[:1] in ("=", "+", "-", "@"):  # a spreadsheet would run it as a formula
             detail = "'" + detail
         writer.writerow({**issue, "detail": detail})
+
+
+def lopsided(fitting: tuple[int, int], desirable_weight: float, undesirable_weight: float) -> str:
+    """What weights outside Eq. 9's range do to the rows that train, in a sentence; "" where they are inside it.
+
+    Args:
+        fitting: as in `Report`.
+    """
+    good, bad = desirable_weight * fitting[0], undesirable_weight * fitting[1]
+    if not good or not bad or 1.0 <= round(good / bad, 1) <= 1.5:  # a few rows off the range ask for no change
+        return ""
+    side = "desirable" if good < bad else "undesirable"
+    low, high = weight_advice(*fitting)[side]
+    return (
+        f"The loss is lopsided: with these weights, {fitting[0]:,} good and {fitting[1]:,} bad rows count "
+        f"{good / bad:.2g} to 1. The KTO paper (Eq. 9) recommends {side}_weight from {low:.3g} to {high:.3g}, with the "
+        "other weight at 1."
+    )

@@ -25,6 +25,7 @@ from .folders import ELSEWHERE, first_of, list_runs
 from .run import Run
 
 Stamp = tuple[int, int, int]  # of `bounded.stamp`
+Settings = tuple[str, str | None, str, str]  # model, preset, name, why they cannot be read
 
 NOTE = ".runs.json"  # in the runs folder
 NOTE_BYTES = 1 << 26
@@ -50,12 +51,13 @@ class Brief:
     updated: float | None
     error: str
     problem: str  # why it cannot be read, or ""
+    name: str  # that its user gave it, or ""
 
     @classmethod
     def restored(cls, values: list[Any]) -> Brief:
         """From a note. Raises TypeError, ValueError for what is none."""
         made = cls(*values)
-        texts = (made.state, made.model, made.error, made.problem, made.preset or "")
+        texts = (made.state, made.model, made.error, made.problem, made.preset or "", made.name)
         numbers = (made.step, made.total_steps, made.loss or 0, made.started or 0, made.updated or 0)
         if made.state not in TERMINAL or not all(isinstance(v, str) for v in texts):
             raise ValueError(values)
@@ -64,30 +66,30 @@ class Brief:
         return made
 
 
-def brief(r: Run, settings: tuple[str, str | None, str] | None = None) -> Brief:
+def brief(r: Run, settings: Settings | None = None) -> Brief:
     """Read a run's folder. What cannot be read is the brief's ``problem``: nothing is raised.
 
     Args:
         settings: `settings_of` the run, where they are known.
     """
     state = r.glance()
-    model, preset, problem = settings or settings_of(r)
+    model, preset, name, problem = settings or settings_of(r)
     problem = problem or state.problem
     if problem:
         model = f"cannot be read: {problem}"
     return Brief(
         state.state, state.step, state.total_steps, state.latest("loss"), model, preset, state.started, state.updated,
-        state.error or (model if problem else ""), problem,
+        state.error or (model if problem else ""), problem, name,
     )  # fmt: skip
 
 
-def settings_of(r: Run) -> tuple[str, str | None, str]:
-    """(model, preset, "") of a run, or ("", None, why its settings cannot be read)."""
+def settings_of(r: Run) -> Settings:
+    """What a list says of a run's settings; without them, why they cannot be read."""
     try:
         config = r.config().config
     except ConfigError as e:
-        return "", None, r.settings_problem(e)
-    return config.model, config.preset, ""
+        return "", None, "", r.settings_problem(e)
+    return config.model, config.preset, plain_text.one_line(config.run_name), ""
 
 
 @dataclass
@@ -95,7 +97,7 @@ class _Entry:
     run: Run
     files: tuple[Stamp | None, ...] = ()  # stamps of config.yaml and events.jsonl
     folders: tuple[int, ...] = ()  # times of the folder, and of its checkpoints
-    settings: tuple[str, str | None, str] | None = None  # `settings_of`
+    settings: Settings | None = None  # `settings_of`
     brief: Brief | None = None  # None: to be read
     line: tuple[str, int, str] | None = None  # what a list shows of it
     models: tuple[bool, bool] | None = None  # an adapter, a checkpoint
@@ -144,6 +146,11 @@ class RunList:
         """Changes when a file comes into the run's folder, or goes."""
         found = self._entries.get(r.path)
         return found.folders[0] if found and found.folders else 0
+
+    def title(self, run: Run) -> str:
+        """How a list calls a run: by its name, if it has one, and its id."""
+        known = self.brief(run)
+        return f"{known.name} · {run.id}" if known and known.name else run.id
 
     def models(self) -> list[tuple[Run, bool, bool, str]]:
         """(run, has an adapter, has a checkpoint, why it cannot be read) of those with either, newest first."""

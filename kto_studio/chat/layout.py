@@ -76,7 +76,7 @@ def settings_controls() -> list[gr.Component]:
 def chatbot(elem_id: str, label: str, visible: bool = True) -> gr.Chatbot:
     return gr.Chatbot(
         label=label,
-        height="60vh",
+        height="calc(100dvh - 300px)",
         min_height=320,
         editable="user",
         buttons=["copy", "copy_all"],
@@ -90,7 +90,7 @@ def chatbot(elem_id: str, label: str, visible: bool = True) -> gr.Chatbot:
 
 def message_controls() -> tuple[gr.Textbox, gr.Button, gr.Button, gr.Button]:
     """Message, Send, Stop, Clear."""
-    with gr.Row(equal_height=True):
+    with gr.Row(equal_height=True, elem_id="chat-composer"):
         message = gr.Textbox(
             label="Your message",
             show_label=False,

@@ -44,7 +44,7 @@ def build(ctx: Context) -> None:
         with gr.Column(scale=1, min_width=300):
             model, checkpoint, load, unload, state = layout.model_controls()
             controls = layout.settings_controls()
-        with gr.Column(scale=3, min_width=480):
+        with gr.Column(scale=3, min_width=480, elem_id="chat-side"):
             with gr.Row():
                 left, right = layout.chatbot("chat-a", "Conversation"), layout.chatbot("chat-b", BASE, visible=False)
             stats = gr.HTML("", elem_id="chat-stats", show_label=False)

@@ -40,7 +40,7 @@ def categories(report: Report) -> str:
     )
     more = f'<p class="card-text">And {len(rows) - MOST} more.</p>' if len(rows) > MOST else ""
     return (
-        f'<h3 class="card-title">Rows by {esc(report.categories["column"])}</h3><div class="report categories"><table>'
+        f'<h2 class="card-title">Rows by {esc(report.categories["column"])}</h2><div class="report categories"><table>'
         '<thead><tr><th scope="col">Value</th><th scope="col"></th><th scope="col" class="n">Good</th>'
         f'<th scope="col" class="n">Bad</th></tr></thead><tbody>{lines}</tbody></table></div>{more}'
     )

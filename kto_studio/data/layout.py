@@ -5,6 +5,8 @@ No gr.Number has bounds: Gradio would refuse every call that has it among its in
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import gradio as gr
 
 from kto_core.config import resolving
@@ -16,8 +18,12 @@ MODEL, MESSAGES = "As the model sees it", "Messages"
 # the marked row is the one whose number is in the box below the table, whichever of the two was drawn last
 MARK_ROW = """
 number => {
-  for (const row of document.querySelectorAll('#data-table tr[data-index]'))
-    row.ariaSelected = String(Number(row.dataset.index) === number - 1);
+  const rows = [...document.querySelectorAll('#data-table tr[data-index]')];
+  const chosen = rows.find(row => Number(row.dataset.index) === number - 1);
+  for (const row of rows) {
+    row.ariaSelected = String(row === chosen);
+    row.tabIndex = row === (chosen ?? rows[0]) ? 0 : -1;  // one Tab stop, arrows inside
+  }
 }
 """
 CHOOSE_ROW = (
@@ -51,10 +57,36 @@ new MutationObserver(() => {
 FORMS = [("TRL (prompt, completion, label)", "trl"), ("ChatML (conversations, label)", "chatml")]
 
 
+def page(ui, reading_panel: Callable) -> None:
+    """Source, labels and lengths at the left; facts, table and row, report at the right; the way on at the end."""
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=1, min_width=310, elem_id="data-source"):
+            source_controls(ui)
+            balance_panel(ui)
+            lengths_panel(ui)
+        with gr.Column(scale=3, min_width=560, elem_id="data-side"):
+            ui.facts = gr.HTML("", elem_id="data-facts", show_label=False)
+            with gr.Row(equal_height=True, elem_id="data-doing"):
+                ui.status = gr.HTML("", visible=False, elem_id="data-status", show_label=False, scale=6)
+                ui.action = gr.Button("Cancel", visible=False, size="sm", scale=0, min_width=140, elem_id="data-action")
+            reading_panel(ui)
+            with gr.Row(equal_height=False):
+                with gr.Column(visible=False, scale=3, min_width=440) as ui.table_room:
+                    table_controls(ui)
+                with gr.Column(visible=False, scale=2, min_width=320, elem_id="data-row-card") as ui.row_card:
+                    row_controls(ui)
+            with gr.Column(visible=False, min_width=0) as ui.row_room, gr.Row(equal_height=False):
+                report_panel(ui)
+                convert_panel(ui)
+            with gr.Row(visible=False, elem_id="data-onward") as ui.onward:
+                ui.train = gr.Button("Train on this data →", variant="primary", scale=0, min_width=240,
+                                     elem_id="data-train")  # fmt: skip
+
+
 def source_controls(ui) -> None:
     first = model_choices.first_model()
     with gr.Column(elem_classes="card"):
-        gr.HTML("<h3>Dataset</h3><p>Answers, each rated 👍 or 👎.</p>", elem_classes="panel-head")
+        gr.HTML("<h2>Dataset</h2><p>Answers, each rated 👍 or 👎.</p>", elem_classes="panel-head")
         ui.pick = gr.Dropdown(
             data_sources.choices(),
             value=None,
@@ -122,15 +154,16 @@ def lengths_panel(ui) -> None:
 def table_controls(ui) -> None:
     with gr.Row(equal_height=True, elem_id="data-filters"):
         ui.search = gr.Textbox(
-            label="Search", placeholder="Any text in a row", info="Searches all rows as you type.", scale=3,
-            elem_id="data-search",
+            label="Search", placeholder="Any text in a row", info="Searches all rows as you type.", scale=1,
+            min_width=160, elem_id="data-search",
         )  # fmt: skip
         ui.label = gr.Radio(
             view.FILTERS,
             value="all",
             label="Label",
             info="Show only rows with this label.",
-            scale=2,
+            scale=1,
+            min_width=300,
             elem_id="data-label",
         )
     ui.table = gr.HTML("", elem_id="data-table", show_label=False, js_on_load=CHOOSE_ROW)
@@ -146,14 +179,14 @@ def table_controls(ui) -> None:
 
 def row_controls(ui) -> None:
     with gr.Column(elem_classes="card"):
-        gr.HTML("<h3>Row</h3><p>Select a row in the table, or enter its number.</p>", elem_classes="panel-head")
+        gr.HTML("<h2>Selected row</h2>", elem_classes="panel-head")
         with gr.Row(equal_height=True):
             ui.row = gr.Number(
                 1, label="Row", info="Row number in the table.", precision=0, step=1, scale=1,
-                min_width=160, elem_id="data-row",
+                min_width=90, elem_id="data-row",
             )  # fmt: skip
             ui.view = gr.Radio(
-                [MODEL, MESSAGES], value=MODEL, label="View", scale=3,
+                [MODEL, MESSAGES], value=MODEL, label="View", scale=3, min_width=200,
                 info="With the model's chat template, or as read from the file.", elem_id="data-view",
             )  # fmt: skip
         ui.shown = gr.HTML("", elem_id="data-row-view", show_label=False)
@@ -168,7 +201,7 @@ def report_panel(ui) -> None:
 def convert_panel(ui) -> None:
     with gr.Column(elem_classes="card", scale=2, min_width=280):
         gr.HTML(
-            "<h3>Convert</h3><p>Saves all kept rows as JSONL. Both formats keep every column.</p>",
+            "<h2>Convert</h2><p>Saves all kept rows as JSONL. Both formats keep every column.</p>",
             elem_classes="panel-head",
         )
         ui.form = gr.Radio(FORMS, value="trl", label="Format", info="Format for other tools.", elem_id="data-form")

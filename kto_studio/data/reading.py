@@ -133,7 +133,7 @@ def _together(report: Report) -> dict[float, int]:
 def scale(report: Report | None) -> str:
     """A scale's values, how often each is there, and how they are read now."""
     if report is None or not report.scales:
-        return '<h3 class="card-title">Ratings</h3>'
+        return '<h2 class="card-title">Ratings</h2>'
     columns = ", ".join(report.scales)
     counts = _together(report)
     bars = ""
@@ -145,7 +145,7 @@ def scale(report: Report | None) -> str:
         )
         bars = f'<div class="grades" role="img" aria-label="Rows of each rating">{bars}</div>'
     return (
-        f'<h3 class="card-title">Ratings <span>in {view.esc(columns)}</span></h3>{bars}'
+        f'<h2 class="card-title">Ratings <span>in {view.esc(columns)}</span></h2>{bars}'
         f'<p class="card-text">{view.esc(_state(report))}</p>'
     )
 

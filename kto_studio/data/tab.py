@@ -22,24 +22,7 @@ SHORT = 0.12  # seconds an action waits for a job before it shows a progress bar
 
 def build(ctx: Context) -> None:
     ui = SimpleNamespace()
-    with gr.Row(equal_height=False):
-        with gr.Column(scale=1, min_width=310):
-            layout.source_controls(ui)
-            layout.balance_panel(ui)
-            layout.lengths_panel(ui)
-        with gr.Column(scale=3, min_width=560):
-            ui.facts = gr.HTML("", elem_id="data-facts", show_label=False)
-            with gr.Row(equal_height=True, elem_id="data-doing"):
-                ui.status = gr.HTML("", visible=False, elem_id="data-status", show_label=False, scale=6)
-                ui.action = gr.Button("Cancel", visible=False, size="sm", scale=0, min_width=140, elem_id="data-action")
-            reading.panel(ui)
-            with gr.Column(visible=False, min_width=0) as ui.table_room:
-                layout.table_controls(ui)
-            with gr.Column(visible=False, min_width=0) as ui.row_room:
-                layout.row_controls(ui)
-                with gr.Row(equal_height=False):
-                    layout.report_panel(ui)
-                    layout.convert_panel(ui)
+    layout.page(ui, reading.panel)
     ui.page, ui.seen, ui.told = gr.State(0), gr.State(None), gr.State("")
     ui.listed, ui.opened = gr.State(None), gr.State(None)  # what table and row were made of
     _choosing(ctx, ui)
@@ -68,6 +51,7 @@ def _screen(ui, found: jobs.Look, limit, model: str, form: str) -> dict:
     known, rows = report is not None, bool(report and report.kept)
     out = {ui.seen: _signature(found, form), **_progress(ui, found), **_conversion(ui, found, form)}
     seen = {ui.balance_card: rows, ui.lengths_card: rows, ui.row_room: known, ui.table_room: rows or bool(found.first)}
+    seen |= {ui.row_card: rows, ui.onward: bool(report and not report.problem)}
     out |= {room: gr.update(visible=there) for room, there in seen.items()}
     out |= {ui.limit_note: gr.update(value=odd, visible=bool(odd))}
     if report is None:
@@ -346,3 +330,4 @@ def _other_events(ctx: Context, ui) -> None:
     ui.convert.click(ctx.guarded(convert), asked, converted, **QUICK)
     ui.form.input(ctx.guarded(chosen_form), asked, converted, **QUICK)
     ui.use.click(ctx.guarded(use), asked, [ctx.advice], **QUICK)
+    ui.train.click(lambda: gr.Tabs(selected="train"), None, [ctx.tabs], **QUICK)

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 
 from kto_core.data.records.rows import Row
-from kto_core.data.report import Report, histogram, weight_advice
+from kto_core.data.report import Report, histogram, lopsided, weight_advice
 from kto_core.jobs import Job, duration
 from kto_studio.shared.jobs_view import bar
 from kto_studio.shared.prose import in_app, note, prose
@@ -78,27 +78,37 @@ def problem(text: str) -> str:
 
 def nothing() -> str:
     return (
-        '<div class="empty"><h3>No dataset selected</h3><p>Choose a dataset, upload a file, or load one from the '
+        '<div class="empty"><h2>No dataset selected</h2><p>Choose a dataset, upload a file, or load one from the '
         "Hub. Each row needs a prompt, an answer, and whether the answer is good.</p></div>"
     )
 
 
 def summary(report: Report) -> str:
     """Numbers in a row, and why the set cannot be trained on, if so."""
-    dropped = sum(report.dropped.values())
-    cells = [("Rows kept", f"{report.kept:,}", ""), ("Dropped", f"{dropped:,}", "warn" if dropped else "")]
-    cells += [("Duplicates", f"{report.duplicates:,}", ""),
-              ("Contradictions", f"{report.conflicts:,}", "warn" if report.conflicts else "")]  # fmt: skip
-    cells.append(("Format", report.format or "none", "word"))
-    shown = "".join(f'<div class="tile {c}"><span>{n}</span><b>{esc(v)}</b></div>' for n, v, c in cells)
+    out = report.left_out
+    why = f"{sum(out.values()):,} left out: " + ", ".join(f"{n:,} {reason}" for reason, n in out.items()) if out else ""
+    cells = [("Rows", f"{report.rows:,}", "", "Rows in the file"),
+             ("Will train", f"{sum(report.fitting):,}", "", "Rows that a run trains on, or validates with"),
+             ("Left out", f"{sum(out.values()):,}", "warn" if out else "", why or "No row is left out"),
+             ("Duplicates", f"{report.duplicates:,}", "", "Rows identical to an earlier one; they are trained on"),
+             ("Contradictions", f"{report.conflicts:,}", "warn" if report.conflicts else "",
+              "Prompts with one answer that has both labels; they are trained on")]  # fmt: skip
+    cells.append(("Format", report.format or "none", "word", "The shape of the rows"))
+    shown = "".join(
+        f'<div class="tile {c}" title="{esc(t)}"><span>{n}</span><b>{esc(v)}</b></div>' for n, v, c, t in cells
+    )
     bad = problem(in_app(report.problem)) if report.problem else ""
-    return f'<div class="tiles">{shown}</div>{bad}'
+    said = f'<p class="card-text" id="data-left-out">{esc(why)}.</p>' if why else ""
+    return f'<div class="tiles">{shown}</div>{said}{bad}'
 
 
 def advised(report: Report) -> tuple[str, float] | None:
-    """(field, value) of the weight to change: the rarer label's, in the middle of Eq. 9's range; None if balanced."""
-    good, bad = report.desirable, report.undesirable
-    if not good or not bad or 1.0 <= round(good / bad, 1) <= 1.5:  # a few rows off the range ask for no change
+    """(field, value) of the weight to change: the rarer label's, in the middle of Eq. 9's range; None if balanced.
+
+    Of the rows that train: one that is left out has no weight.
+    """
+    good, bad = report.fitting
+    if not lopsided(report.fitting, 1.0, 1.0):
         return None
     side = "desirable" if good < bad else "undesirable"
     low, high = weight_advice(good, bad)[side]
@@ -113,7 +123,7 @@ def _between(low: float, high: float) -> float:
 
 def balance(report: Report) -> str:
     """Both labels as numbers and a bar, and what Eq. 9 says about the weights."""
-    good, bad = report.desirable, report.undesirable
+    good, bad = report.fitting
     share = 100 * good / (good + bad) if good + bad else 0
     text = f"{good:,} good, {bad:,} bad"
     found = weight_advice(good, bad)
@@ -127,12 +137,14 @@ def balance(report: Report) -> str:
     elif good and bad:
         says = "The labels are balanced as the KTO paper (Eq. 9) recommends. Both weights can stay at 1."
     else:
-        says = "KTO needs both good and bad rows. Add rows with the other label."
+        says = "KTO needs both good and bad rows."
+    none = "" if good + bad else " none"
     return (
-        f'<h3 class="card-title">Labels</h3><div class="balance" role="img" aria-label="{text}"><i '
-        f'style="width:{share:.2f}%"></i></div><div class="balance-legend"><span><i class="dot good"></i>👍 Good '
-        f'<b>{good:,}</b> ({share:.0f} %)</span><span><i class="dot bad"></i>👎 Bad <b>{bad:,}</b> '
-        f'({100 - share if good + bad else 0:.0f} %)</span></div><p class="card-text">{says}</p>'
+        '<h2 class="card-title">Labels <span>of the rows that will train</span></h2>'
+        f'<div class="balance{none}" role="img" aria-label="{text}"><i style="width:{share:.2f}%"></i></div>'
+        f'<div class="balance-legend"><span><i class="dot good"></i>👍 Good <b>{good:,}</b> ({share:.0f} %)</span>'
+        f'<span><i class="dot bad"></i>👎 Bad <b>{bad:,}</b> ({100 - share if good + bad else 0:.0f} %)</span></div>'
+        f'<p class="card-text">{says}</p>'
     )
 
 
@@ -140,7 +152,7 @@ def lengths(report: Report, max_length: int | None, model: str, job: Job | None,
     """A histogram (``drawn`` by `chart`) and what becomes of long rows; in tokens once they are counted."""
     unit = f"tokens of {esc(model)}" if report.lengths_unit == "tokens" else "characters"
     fate = f'<p class="card-text">{_fate(report, max_length, model, job)}</p>' if report.kept else ""
-    return f'<h3 class="card-title">Lengths <span>in {unit}</span></h3>{drawn}{fate}'
+    return f'<h2 class="card-title">Lengths <span>in {unit}</span></h2>{drawn}{fate}'
 
 
 def chart(report: Report, max_length: int | None) -> str:
@@ -171,7 +183,7 @@ def _fate(report: Report, max_length: int | None, model: str, job: Job | None) -
             return f"All rows fit in the maximum length of {max_length:,} tokens." if max_length else ""
         return (
             f"At a maximum length of {max_length:,}, {report.truncated:,} prompts are truncated and "
-            f"{report.too_long:,} rows are dropped."
+            f"{report.too_long:,} rows are left out."
         )
     if job and job.running:
         return f"Counting tokens… {esc(job.text)}"
@@ -196,7 +208,7 @@ def problems(report: Report) -> str:
     totals |= {"too_long": report.too_long or 0, "truncated": report.truncated or 0}
     for kind, reason in where:
         counts.setdefault((kind, reason), totals.get(kind, 0))
-    head = '<h3 class="card-title">Report</h3>'
+    head = '<h2 class="card-title">Report</h2>'
     if not counts:
         return head + '<p class="card-text good-news">Nothing was dropped or changed, and there are no duplicates.</p>'
     lines = []
@@ -220,9 +232,9 @@ def problems(report: Report) -> str:
 
 def thumb(label: bool) -> str:
     return (
-        '<span class="label good" title="Good">👍<em>good</em></span>'
+        '<span class="label good" title="Good">👍<em>Good</em></span>'
         if label
-        else '<span class="label bad" title="Bad">👎<em>bad</em></span>'
+        else '<span class="label bad" title="Bad">👎<em>Bad</em></span>'
     )
 
 
@@ -231,12 +243,13 @@ def table(rows: Sequence[dict], total: int, selected: int | None = None, searche
     if not rows:
         text = "No row matches. Change the search or the label." if searched else "No rows."
         return f'<div class="empty small"><p>{text}</p></div>'
-    lines = []
+    lines, shown = [], {r["index"] for r in rows}
     for r in rows:
         marks = "".join(f'<span class="mark">{m}</span>' for m in ("system", "tools") if r[m])
         chosen = r["index"] == selected
+        stop = r["index"] == (selected if selected in shown else rows[0]["index"])  # one Tab stop, arrows inside
         lines.append(
-            f'<tr data-index="{int(r["index"])}" tabindex="0" aria-selected="{str(chosen).lower()}">'
+            f'<tr data-index="{int(r["index"])}" tabindex="{0 if stop else -1}" aria-selected="{str(chosen).lower()}">'
             f'<td class="n" title="Line {r["line"]:,}">{r["index"] + 1:,}</td><td>{thumb(r["label"])}</td>'
             f'<td><div class="clamp">{esc(r["prompt"])}</div></td>'
             f'<td><div class="clamp">{esc(r["completion"])}</div></td>'
@@ -272,7 +285,11 @@ def conversation(row: Row) -> str:
         parts.append(_folded(f"{len(row.tools)} tools available", row.tools))
     if row.extra:
         parts.append(_folded("Other columns", row.extra))
-    return "".join(parts)
+    return _of_label(row, "".join(parts))
+
+
+def _of_label(row: Row, shown: str) -> str:
+    return f'<div class="{"good" if row.label else "bad"}-row">{shown}</div>'
 
 
 def _calls(message: dict) -> str:
@@ -290,11 +307,12 @@ def as_seen(row: Row, rendered) -> str:
     cut = len(rendered.prompt)
     prompt = _marked(rendered.prompt, [(a, b) for a, b in rendered.special if b <= cut])
     answer = _marked(rendered.completion, [(a - cut, b - cut) for a, b in rendered.special if a >= cut])
-    return (
+    return _of_label(
+        row,
         f'<div class="row-head">{thumb(row.label)}<span>Line {row.line:,}</span></div>'
         f'<div class="seen"><b>Prompt</b><pre>{prompt}</pre>'
         f"<b>Answer (the model learns to say this {'more often' if row.label else 'less often'})</b>"
-        f'<pre class="learned">{answer}</pre></div>'
+        f'<pre class="learned">{answer}</pre></div>',
     )
 
 

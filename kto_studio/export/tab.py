@@ -30,7 +30,7 @@ def build(ctx: Context) -> None:
         # its id: Gradio refuses a Dropdown as input whose value was in the list before the last tick only
         run_id = gr.Textbox(visible=False)
         facts = gr.HTML(view.nothing(), elem_id="export-facts", show_label=False)
-    area = gr.Column()
+    area = gr.Column(elem_id="export-jobs")
     with gr.Row(equal_height=False):
         with gr.Column(min_width=420):
             quants, disk, merge, convert = _make_controls()
@@ -53,7 +53,7 @@ def build(ctx: Context) -> None:
 def _make_controls():
     with gr.Column(elem_classes="card"):
         gr.HTML(
-            "<h3>Create files</h3><p>For llama.cpp, Ollama, LM Studio and other programs.</p>",
+            "<h2>Create files</h2><p>For llama.cpp, Ollama, LM Studio and other programs.</p>",
             elem_classes="panel-head",
         )
         quants = gr.CheckboxGroup(
@@ -73,7 +73,7 @@ def _make_controls():
 def _check_controls():
     with gr.Column(elem_classes="card"):
         gr.HTML(
-            "<h3>Check in llama.cpp</h3><p>Compares the file with the merged model: chat template, tokens, weights, "
+            "<h2>Check in llama.cpp</h2><p>Compares the file with the merged model: chat template, tokens, weights, "
             "answers.</p>",
             elem_classes="panel-head",
         )
@@ -91,7 +91,7 @@ def _check_controls():
 
 def _download_controls():
     with gr.Column(elem_classes="card"):
-        gr.HTML("<h3>Download</h3><p>Files created from this run.</p>", elem_classes="panel-head")
+        gr.HTML("<h2>Download</h2><p>Files created from this run.</p>", elem_classes="panel-head")
         empty = gr.HTML('<div class="note">No files yet. Choose a run, then create GGUF files.</div>', show_label=False)
         files = [
             gr.DownloadButton("", visible=False, size="md", elem_id=f"export-download-{i}", elem_classes="download")
@@ -103,7 +103,7 @@ def _download_controls():
 def _push_controls():
     with gr.Column(elem_classes="card"):
         gr.HTML(
-            "<h3>Push to the Hugging Face Hub</h3><p>Includes a model card with base model, data, settings and "
+            "<h2>Push to the Hugging Face Hub</h2><p>Includes a model card with base model, data, settings and "
             "metrics.</p>",
             elem_classes="panel-head",
         )

@@ -36,7 +36,7 @@ def talkable() -> list[tuple[str, str]]:
 
 
 def _label(r, problem: str) -> str:
-    return one_line(f"Run {r.id}" + (f" (cannot be read: {problem})" if problem else ""), 200)
+    return one_line(f"Run {live.runs().title(r)}" + (f" (cannot be read: {problem})" if problem else ""), 200)
 
 
 def first_model() -> dict:

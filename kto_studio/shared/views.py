@@ -8,9 +8,10 @@ import time
 from kto_core.jobs import duration
 from kto_core.plain_text import one_line
 from kto_core.runs import log
-from kto_core.runs.events import TERMINAL, RunState, spaced
+from kto_core.runs.events import TERMINAL, WAITING, RunState
 from kto_core.runs.run_list import Brief
 
+from .curves import number
 from .jobs_view import bar
 from .prose import prose
 
@@ -22,17 +23,21 @@ CURVES = {  # plot -> (title, metric -> its name in the legend)
     "margin": ("Reward margin", {"rewards/margins": "training", "eval_rewards/margins": "validation"}),
     "kl": ("KL", {"kl": "training", "eval_kl": "validation"}),
     "learning_rate": ("Learning rate", {"learning_rate": "learning rate"}),
-    "gpu_memory": ("GPU memory", {"gpu_memory": "GiB"}),
+    "grad_norm": ("Gradient norm", {"grad_norm": "gradient norm"}),
+    "gpu_memory": ("GPU memory", {"gpu_memory": "reserved"}),
 }
-COLORS = {
-    "training": "#0d9488",
-    "validation": "#c2710c",
-    "good": "#0d9488",
-    "bad": "#d9534f",
-    "learning rate": "#5b7bd5",
-    "GiB": "#8b6fc0",
+UNITS = {"gpu_memory": "GiB"}
+COLORS = {  # of style.css, which has them for both themes
+    "training": "var(--good)",
+    "validation": "var(--violet)",
+    "good": "var(--good)",
+    "bad": "var(--bad)",
+    "learning rate": "var(--blue)",
+    "gradient norm": "var(--blue)",
+    "reserved": "var(--blue)",
 }
 LABELS = {
+    "queued": "Queued",
     "preparing": "Preparing",
     "training": "Training",
     "stopping": "Stopping",
@@ -61,18 +66,40 @@ def size(n: float) -> str:
     return f"{n:.1f} GB"
 
 
-def chip(state: str) -> str:
-    return f'<span class="chip chip-{html.escape(state)}">{html.escape(LABELS.get(state, state))}</span>'
+def chip(state: RunState) -> str:
+    """A run's state in a word."""
+    kind = "queued" if queued(state) else state.state
+    return f'<span class="chip chip-{html.escape(kind)}">{html.escape(LABELS.get(kind, kind))}</span>'
+
+
+def queued(state: RunState) -> bool:
+    """Whether it waits for its turn."""
+    return state.state == "preparing" and state.message.startswith(WAITING)
+
+
+def theme_toggle() -> str:
+    """The sun and moon at the top right; ``assets/page.js`` says what a press does."""
+    rays = "M12 3v2m0 14v2M3 12h2m14 0h2M5.6 5.6 7 7m10 10 1.4 1.4m0-12.8L17 7M7 17l-1.4 1.4"
+    sun = f'<circle cx="12" cy="12" r="4"/><path d="{rays}"/>'
+    moon = '<path d="M20 14.5A8 8 0 0 1 9.5 4a8 8 0 1 0 10.5 10.5z"/>'
+    icons = "".join(
+        f'<svg class="{name}" viewBox="0 0 24 24" width="18" height="18" fill="none" stroke="currentColor" '
+        f'stroke-width="2" stroke-linecap="round" stroke-linejoin="round" aria-hidden="true">{drawn}</svg>'
+        for name, drawn in (("sun", sun), ("moon", moon))
+    )
+    return f'<button type="button" class="theme-toggle" aria-label="Dark theme">{icons}</button>'
 
 
 def header_status(state: RunState | None, device: str | None) -> str:
-    """Top right: what runs now, and on which device."""
-    parts = []
+    """Top right: what runs now, and on which device. The window's title has its percent too."""
+    parts, title = [], "KTO Studio"
     if state is not None:
-        share = f" {100 * state.step // state.total_steps} %" if state.total_steps and state.step else ""
+        done = fraction(state)
+        share = f" {int(100 * done)} %" if state.total_steps and state.step and done is not None else ""
+        title = f"{share.strip() or LABELS[state.state]} · {title}"
         parts.append(f'<span class="chip chip-{state.state}">{LABELS[state.state]}{share}</span>')
     parts.append(f'<span class="device">{html.escape(device or "")}</span>')
-    return f'<div class="header-status" aria-live="polite">{"".join(parts)}</div>'
+    return f'<div class="header-status" data-title="{title}" aria-live="polite">{"".join(parts)}</div>'
 
 
 def fraction(state: RunState) -> float | None:
@@ -86,8 +113,8 @@ def fraction(state: RunState) -> float | None:
     return min(1.0, state.step / state.total_steps)
 
 
-def head(run_id: str, state: RunState, problem: str = "") -> str:
-    """State, progress, time left and the last message of a run, or why it cannot be read."""
+def head(run_id: str, state: RunState, problem: str = "", name: str = "") -> str:
+    """Name, state, progress, time left and the last message of a run, or why it cannot be read."""
     done = fraction(state)
     facts = []
     if state.total_steps:
@@ -100,49 +127,46 @@ def head(run_id: str, state: RunState, problem: str = "") -> str:
     text = f"This run cannot be read: {problem}." if problem and problem != state.problem else text
     bad = state.state == "failed" or problem
     tone = ' class="run-message bad" role="alert"' if bad else ' class="run-message"'
-    shown = "" if state.terminal and not done else bar(done, "Training progress")
+    shown = "" if queued(state) or (state.terminal and not done) else bar(done, "Training progress")
+    named = f'<b class="run-name">{html.escape(name)}</b>' if name else ""
     return (
         f'<div class="run-head" data-state="{state.state}" data-step="{state.step}">'
-        f'<div class="run-line">{chip(state.state)}<span class="run-id">{html.escape(run_id)}</span>'
+        f'<div class="run-line">{chip(state)}{named}<span class="run-id">{html.escape(run_id)}</span>'
         f'<span class="run-facts">{" · ".join(facts)}</span></div>{shown}'
         f"<div{tone}>{prose(text)}</div></div>"
     )
 
 
+def signed(value: float) -> str:
+    """``+0.1234``; what rounds to nothing has no sign."""
+    text = f"{value:+.4f}"
+    return text if float(text) else "0"
+
+
 def tiles(state: RunState) -> str:
     """The newest numbers, each with its name."""
     names = [
-        ("Loss", "loss", "{:.4f}", "Starts at 0.5; lower is better"),
-        ("Reward margin", "rewards/margins", "{:+.4f}", "Reward of good minus bad rows; higher is better"),
-        ("KL", "kl", "{:.3g}", "Distance from the model before training; should stay small"),
-        ("Learning rate", "learning_rate", "{:.2e}", "Current value"),
-        ("Tokens/s", "tokens_per_second", "{:,.0f}", "Over the last steps"),
-        ("GPU memory", "gpu_memory", "{:.1f} GiB", "GPU memory reserved by this run"),
+        ("Loss", "loss", "{:.4f}".format, "Starts at 0.5; lower is better"),
+        ("Reward margin", "rewards/margins", signed, "Reward of good minus bad rows; higher is better"),
+        ("Val. loss", "eval_loss", "{:.4f}".format, "Validation loss: of the rows that are not trained on"),
+        (
+            "Val. margin",
+            "eval_rewards/margins",
+            signed,
+            "Validation reward margin: of the rows that are not trained on",
+        ),
+        ("KL", "kl", number, "Distance from the model before training, never below 0; should stay small"),
+        ("Learning rate", "learning_rate", number, "Current value"),
+        ("Tokens/s", "tokens_per_second", "{:,.0f}".format, "Over the last steps"),
+        ("GPU memory", "gpu_memory", "{:.1f} GiB".format, "GPU memory reserved by this run"),
     ]
-    found = [(n, state.latest(m), f, t) for n, m, f, t in names]
+    found = [(n, state.latest(m), said, t) for n, m, said, t in names]
     cells = "".join(
-        f'<div class="tile" title="{html.escape(t)}"><span>{n}</span><b>{f.format(v)}</b></div>'
-        for n, v, f, t in found
+        f'<div class="tile" title="{html.escape(t)}"><span>{n}</span><b>{said(v)}</b></div>'
+        for n, v, said, t in found
         if v is not None
     )
     return f'<div class="tiles">{cells}</div>' if cells else ""
-
-
-def curve(state: RunState, name: str) -> list[dict]:
-    """Points ``{"step", "value", "series"}`` of one plot, at most `POINTS` a series."""
-    return [
-        {"step": step, "value": value, "series": series}
-        for metric, series in CURVES[name][1].items()
-        for step, value in spaced(state.series(metric), POINTS)
-    ]
-
-
-def legend() -> str:
-    """The colors of the curves that share a plot."""
-    names = {"training, good rows": "training", "validation rows": "validation", "bad rows": "bad"}
-    marks = "".join(f'<span><i style="background:{COLORS[c]}"></i>{n}</span>' for n, c in names.items())
-    hint = '<span class="hint">Drag over a plot to zoom in, double-click to reset</span>'
-    return f'<div class="legend">{marks}{hint}</div>'
 
 
 def logs(state: RunState) -> str:
@@ -167,18 +191,18 @@ def skipped(state: RunState) -> str:
     return f"{lines} of the events cannot be read and are not shown"
 
 
-def run_label(run_id: str, run: RunState | Brief | None) -> str:
+def run_label(title: str, run: RunState | Brief | None) -> str:
     """A line of the run picker. Of a run that goes on without its steps: a list that changes is sent as a whole."""
     if run is None:  # not read yet
-        return one_line(run_id)
+        return one_line(title)
     if run.problem:
-        return one_line(f"{run_id} · cannot be read: {run.problem}", 200)
+        return one_line(f"{title} · cannot be read: {run.problem}", 200)
     steps = f", step {run.step:,}" if run.step and run.state in TERMINAL and run.state != "finished" else ""
-    return f"{one_line(run_id)} · {LABELS.get(run.state, run.state).lower()}{steps}"
+    return f"{one_line(title)} · {LABELS.get(run.state, run.state).lower()}{steps}"
 
 
 def no_runs() -> str:
     return (
-        '<div class="empty"><h3>No run yet</h3><p>Choose a preset and press <b>Start training</b>. Loss, rewards and '
+        '<div class="empty"><h2>No run yet</h2><p>Choose a preset and press <b>Start training</b>. Loss, rewards and '
         "the log appear here live, and are still here after a reload.</p></div>"
     )

@@ -21,7 +21,7 @@ from kto_core.planning.rate import short
 from kto_core.runs import folders
 from kto_studio.shared import data_sources, readings
 from kto_studio.shared import model_choices as chat_models
-from kto_studio.shared.prose import note
+from kto_studio.shared.prose import prose
 
 ORIGIN = "user interface"
 MAIN = ("num_train_epochs", "max_steps", "learning_rate", "beta", "per_device_train_batch_size",
@@ -123,7 +123,7 @@ def preset_choices() -> list[tuple[str, str]]:
 
 def preset_note(preset: str) -> str:
     text = resolving.presets().get(preset, {}).get("description", "")
-    return note(text)
+    return f'<p class="card-text">{prose(text)}</p>'
 
 
 def model_choices(preset: str) -> list[tuple[str, str]]:
@@ -147,6 +147,17 @@ def adapter_choices(chosen: str = "") -> list[tuple[str, str]]:
 def empty(preset: str | None = None) -> dict:
     preset = preset if preset in resolving.presets() else resolving.default_preset()
     return {"preset": preset, "model": resolving.presets()[preset].get("model", "demo"), "adapter": "", "values": {}}
+
+
+def carry(form: dict, preset: str) -> dict:
+    """Another preset with what the user set: its own model and a new adapter, which are of one size only."""
+    new = empty(preset)
+    base = resolving.resolve(new["preset"], {}).config
+    by_name = {c.name: c for c in controls()}
+    new["values"] = {
+        k: v for k, v in form["values"].items() if k in by_name and v != choice(by_name[k], getattr(base, k))
+    }
+    return new
 
 
 def restore(kept) -> dict:
@@ -249,11 +260,15 @@ def origins(found: resolving.Resolved) -> str:
     )
 
 
+def _instead(before: object) -> str:
+    return "" if before in ("", None) else f" instead of {html.escape(str(before))}"
+
+
 def changed(form: dict) -> str:
     """What the user changed, in a line."""
     base = resolving.resolve(form["preset"], {}).config
     parts = [
-        f"{html.escape(label(k))} <b>{html.escape(str(v))}</b> instead of {html.escape(str(shown(getattr(base, k))))}"
+        f"{html.escape(label(k))} <b>{html.escape(str(v))}</b>{_instead(shown(getattr(base, k)))}"
         for k, v in form["values"].items()
     ]
     if form["model"] != base.model:

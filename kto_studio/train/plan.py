@@ -13,6 +13,7 @@ from kto_core import jobs
 from kto_core.config import remarks as on_settings
 from kto_core.config import resolving
 from kto_core.data import splitting
+from kto_core.data.report import lopsided
 from kto_core.errors import DataError, HardwareError, KTOError
 from kto_core.hardware import gpus
 from kto_core.models import facts as model_info
@@ -32,6 +33,7 @@ JOB = "Plan "
 CARD = 24.0  # GiB of the GPU that a model is planned for where this machine has none
 KEEP = 20
 LETTERS = 4  # characters of a token, about, where tokens were not counted
+FEW = 20  # rows
 SAMPLE = 2000  # lengths the memory plan looks at
 VERDICTS = {
     "fits": ("good", "Fits"),
@@ -79,15 +81,39 @@ def begin(form: dict, data_id: str) -> jobs.Job:
 
 def signature(form: dict, data_id: str) -> tuple:
     """Changes when `view` would say something else: what is known of the data, and of the exact plan."""
-    look = _look(form, data_id)
+    known = look(form, data_id)
     job = _exact.get(key(form, data_id))
     there = not form["adapter"] or ((r := live.runs().find(form["adapter"])) is not None and r.adapter is not None)
-    return look.signature, (job.state, job.text) if job else None, there
+    return known.signature, (job.state, job.text) if job else None, there
 
 
-def _look(form: dict, data_id: str):
+def look(form: dict, data_id: str):
+    """What is known of the data (`jobs.Look`) for the model and the length of a form."""
     length = form["values"].get("max_length") or resolving.resolve(form["preset"], {}).config.max_length
     return data_jobs.look(data_id, form["model"], length, start=False)
+
+
+def ready(form: dict, data_id: str) -> bool:
+    """Whether nothing is known that speaks against a start."""
+    if not data_id or train_form.problems(form, data_id):
+        return False
+    found, known = train_form.resolve(form, data_id), look(form, data_id)
+    try:
+        checks.check_libraries(found.config)
+        checks.check_size(found.config)
+    except KTOError:
+        return False
+    return known.report is None or not known.report.problem
+
+
+def _named(problem: str) -> str:
+    """A problem with its control's name in place of the field's."""
+    field, colon, rest = problem.partition(":")
+    return f"{train_form.label(field)}:{rest}" if colon and field in _fields() else problem
+
+
+def _fields() -> set[str]:
+    return {c.name for c in train_form.controls()}
 
 
 def view(form: dict, data_id: str) -> str:
@@ -96,8 +122,12 @@ def view(form: dict, data_id: str) -> str:
     if not data_id:
         problems.append(data_sources.NONE)
     if problems:
-        lines = "".join(f"<li>{prose(p)}</li>" for p in problems)
-        return f'<div class="note note-bad" role="alert"><b>Some settings need fixing</b><ul>{lines}</ul></div>'
+        lines = "".join(f"<li>{prose(_named(p))}</li>" for p in problems)
+        wrong = " ".join(sorted({p.partition(":")[0] for p in problems} & _fields()))  # assets/page.js marks them
+        return (
+            f'<div class="note note-bad" role="alert" data-fields="{wrong}"><b>Some settings need fixing</b>'
+            f"<ul>{lines}</ul></div>"
+        )
     found = train_form.resolve(form, data_id)
     try:
         checks.check_libraries(found.config)
@@ -108,13 +138,13 @@ def view(form: dict, data_id: str) -> str:
         if gpus.devices() or not isinstance(e, HardwareError):
             return refused
         return f'{refused}<p class="card-text">On {card.name}:</p>' + _quick_view(
-            found.config, _look(form, data_id), "", card
+            found.config, look(form, data_id), "", card
         )
     remarks = "".join(f"<br>{html.escape(r)}" for r in on_settings.remarks(found.config))
     job = _exact.get(key(form, data_id))
     if job and job.result is not None:
         return _exact_view(job.result, remarks)
-    text = _quick_view(found.config, _look(form, data_id), remarks)
+    text = _quick_view(found.config, look(form, data_id), remarks)
     if job and job.running:
         text += f'<div class="note" role="status">{prose(job.text)}{bar(job.fraction, "Plan")}</div>'
     elif job and job.state == "failed":
@@ -122,13 +152,13 @@ def view(form: dict, data_id: str) -> str:
     return text
 
 
-def _quick_view(c, look, remarks: str, card: gpus.Device | None = None) -> str:
-    if look.loaded is None:
+def _quick_view(c, known, remarks: str, card: gpus.Device | None = None) -> str:
+    if known.loaded is None:
         text = html.escape(
-            look.problem or (look.reading.error if look.reading else "") or "The dataset is still being read."
+            known.problem or (known.reading.error if known.reading else "") or "The dataset is still being read."
         )
         return f'<div class="note">{text}</div>'
-    report = look.report
+    report = known.report
     if report.problem:
         return note(in_app(report.problem), "bad")
     tokens = report.lengths_unit == "tokens"
@@ -136,8 +166,8 @@ def _quick_view(c, look, remarks: str, card: gpus.Device | None = None) -> str:
     held = splitting.expected(*report.fitting, c.test_size)
     lengths = sorted(min(n if tokens else n // LETTERS + 1, c.max_length) for n in report.row_lengths)
     plan = memory_plan.plan(c, thin(lengths, SAMPLE), device=card)
-    about = "" if tokens else "about "
-    split = "about " if held else ""  # as long as nobody has compared the questions
+    about = "" if tokens else "~"
+    split = "~" if held else ""  # as long as nobody has compared the questions
     steps = c.steps(max(1, rows - held))
     facts = {
         "Steps": f"{split}{steps:,}",
@@ -146,10 +176,12 @@ def _quick_view(c, look, remarks: str, card: gpus.Device | None = None) -> str:
         "Tokens": f"{about}{sum(lengths):,}",
     }
     gauge = rates.gauge(c, steps)
+    uneven = lopsided(report.fitting, c.desirable_weight, c.undesirable_weight)
     told = [] if tokens else ["This is an estimate. Press <b>Check settings</b> for exact numbers."]
     said = " ".join(told + memory_plan.remarks(plan.sharded, plan.offload, c.num_gpus))
     shown = _plan(facts, plan.verdict, plan.predicted_gib, plan.available_gib, plan.advice, said + remarks)
-    return shown + _gauge(gauge)
+    few = f"Only {rows:,} rows will train: expect little of so few." if rows < FEW else ""
+    return shown + _gauge(gauge) + "".join(map(note, filter(None, (uneven, few))))
 
 
 def _exact_view(result: dict, remarks: str) -> str:
@@ -166,7 +198,7 @@ def _exact_view(result: dict, remarks: str) -> str:
         "Longest row": f"{data['lengths']['max']:,}",
     }
     cut = [f"{data['truncated']:,} prompts are truncated."] if data.get("truncated") else []
-    cut += [f"{data['too_long']:,} rows are too long and dropped."] if data.get("too_long") else []
+    cut += [f"{data['too_long']:,} rows are too long and left out."] if data.get("too_long") else []
     cut += (
         [f"{data['refused']:,} rows are refused: the chat template cuts their answers."] if data.get("refused") else []
     )

@@ -10,7 +10,7 @@ from kto_core.guards import bounded
 from kto_core.planning.rate import short
 from kto_core.runs import rates
 from kto_core.runs.rates import Found, Trial
-from kto_studio.shared import views
+from kto_studio.shared import curves, views
 from kto_studio.shared.prose import prose
 
 SERIES = "validation"  # rows that were not trained on, in the color that they have in the other plots
@@ -20,24 +20,7 @@ def build() -> list:
     """The components: a card, the table in it, and the plot."""
     with gr.Column(visible=False, elem_classes="card", elem_id="train-rate") as card:
         table = gr.HTML("", show_label=False, elem_id="train-rate-table")
-        plot = gr.LinePlot(
-            _frame(()),
-            x="rate",
-            y="loss",
-            color="series",
-            color_map={SERIES: views.COLORS[SERIES]},
-            x_title="learning rate",
-            y_title=" ",  # else the column's name
-            color_title="",
-            colors_in_legend=[],
-            tooltip=["rate", "loss"],
-            height=180,
-            label="Loss after a few steps at each rate",
-            show_label=True,
-            buttons=["fullscreen"],
-            elem_id="plot-rate",
-            elem_classes="plot",
-        )
+        plot = curves.component("train-rate-plot")
     return [card, table, plot]
 
 
@@ -50,9 +33,15 @@ def values(run) -> list:
     """What `build`'s components show of a run; nothing where its rate was not looked for."""
     found = rates.read(run.path) if run else None
     if found is None or not (found.trials or found.rate):
-        return [gr.update(visible=False), "", gr.update(visible=False)]
-    drawn = [t for t in found.trials if t.loss is not None]
-    return [gr.update(visible=True), view(found), gr.update(value=_frame(drawn), visible=len(drawn) > 1)]
+        return [gr.update(visible=False), "", ""]
+    return [gr.update(visible=True), view(found), curves.view([curve(found)])]
+
+
+def curve(found: Found) -> curves.Curve:
+    """Loss by rate."""
+    points = sorted((t.rate, t.loss) for t in found.trials if t.loss is not None)
+    line = curves.Line(SERIES, views.COLORS[SERIES], points)
+    return curves.Curve("plot-rate", "Loss after a few steps at each rate", [line], x="learning rate", log=True)
 
 
 def view(found: Found) -> str:
@@ -62,7 +51,7 @@ def view(found: Found) -> str:
     else:
         head = f"Learning rate {short(found.rate)}" + (", by the rule" if found.by == "rule" else "")
         why = found.reason
-    text = f'<div class="panel-head"><h3>{html.escape(head)}</h3><p>{prose(why)}</p></div>'
+    text = f'<div class="panel-head"><h2>{html.escape(head)}</h2><p>{prose(why)}</p></div>'
     if not found.trials:
         return text
     names = ("Rate", "Loss", "Reward margin", "Reward of good", "Moved, nats per answer")
@@ -82,13 +71,3 @@ def _line(t: Trial, taken: bool) -> str:
     mark = ' class="mine" aria-current="true"' if taken else ""
     cells = "".join(f"<td>{text}</td>" for text in (short(t.rate), *numbers))
     return f"<tr{mark}>{cells}</tr>"
-
-
-def _frame(trials):
-    import pandas as pd  # gradio has it loaded already
-
-    return pd.DataFrame({
-        "rate": [short(t.rate) for t in trials],
-        "loss": [t.loss for t in trials],
-        "series": [SERIES for _ in trials],
-    })  # fmt: skip

@@ -14,13 +14,12 @@ from kto_core.guards import bounded
 from kto_core.runs import folders
 from kto_core.runs import run as runs
 from kto_core.training import start as starting
-from kto_studio.shared import live, views
-from kto_studio.shared.context import QUICK, Context
+from kto_studio.shared import curves, live, views
+from kto_studio.shared.context import DIRECT, QUICK, Context, quiet
 from kto_studio.shared.prose import note
 
-from . import rate_view, verdict_view
+from . import curves_view, rate_view, verdict_view
 
-HEIGHT = 210  # of a plot, in pixels
 RUNNING = ("preparing", "training", "stopping")
 
 
@@ -29,17 +28,18 @@ class Part:
     """Components that change together: what they depend on, and their values. `seen` has what was shown last."""
 
     components: list
-    key: Callable  # (run or None) -> tuple; a new one means new values
-    values: Callable  # (run or None) -> list, one value a component
+    key: Callable  # (run or None, *asked) -> tuple; a new one means new values
+    values: Callable  # (run or None, *asked) -> list, one value a component
     seen: gr.State
+    asked: list = field(default_factory=list)  # inputs of the page that key and values take beside the run
     made: tuple = (None, None)  # the newest key and its values: every open page asks for the same
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def shown(self, run, key: tuple) -> list:
+    def shown(self, run, key: tuple, *asked) -> list:
         """The values for a key that was asked of `run` just now."""
         with self.lock:
             if self.made[0] != key:
-                self.made = (key, self.values(run))
+                self.made = (key, self.values(run, *asked))
             return self.made[1]
 
 
@@ -79,6 +79,7 @@ def build(ctx: Context) -> Shown:
             chat = gr.Button("Chat with it", variant="primary", visible=False, scale=0, min_width=130,
                              elem_id="train-chat")  # fmt: skip
             export = gr.Button("Export", visible=False, scale=0, min_width=110, elem_id="train-export")
+            other = gr.Button("Show the run that trains", visible=False, scale=0, min_width=200, elem_id="train-other")
             delete = gr.Button("Delete", visible=False, scale=0, min_width=90, elem_id="train-delete")
         with gr.Row(visible=False, equal_height=True, elem_id="train-confirm") as confirm:
             sure = gr.HTML("", show_label=False)
@@ -87,12 +88,10 @@ def build(ctx: Context) -> Shown:
     tiles = gr.HTML("", elem_id="train-tiles", show_label=False)
     verdict = verdict_view.build()
     rate = rate_view.build()
-    with gr.Column(visible=False, elem_id="train-plots") as grid:
-        gr.HTML(views.legend(), show_label=False, elem_id="train-legend")
-        plots = [_plot(name) for name in views.CURVES]
+    plots, zoom = curves.component("train-plots"), gr.State(None)  # {"run", "range"}: of another run it says nothing
     with gr.Column(visible=False, elem_classes="card", elem_id="train-log") as log:
         with gr.Row(equal_height=True):
-            gr.HTML("<h3>Log</h3>", elem_classes="panel-head")
+            gr.HTML("<h2>Log</h2>", elem_classes="panel-head")
             download = gr.DownloadButton("Download events", size="sm", visible=False, scale=0, min_width=150,
                                          elem_id="train-events")  # fmt: skip
         logs = gr.HTML(views.logs(views.RunState()), show_label=False, elem_id="train-logs")
@@ -102,52 +101,24 @@ def build(ctx: Context) -> Shown:
     of_buttons, of_question = gr.Textbox(visible=False), gr.Textbox(visible=False)
     # a confirmation that is open stays open until another run is shown: it has a part of its own
     shown = Shown([
-        _part([picker], _listing, _picker),
-        _part([stop, resume, chat, export, delete, download, grid, log], _what_can_be_done, _controls),
+        _part([picker], _listing, _picker, [picker]),
+        _part([stop, resume, chat, export, delete, download, log, other], _what_can_be_done, _controls),
         _part([confirm, of_question], _identity, lambda run: [gr.update(visible=False), ""]),
         _part([of_buttons, head, tiles], _newest, _numbers),
         _part(verdict, verdict_view.key, verdict_view.values),
         _part(rate, rate_view.key, rate_view.values),
-        _part(plots, _points_known, _curves),
+        _part([plots], curves_view.key, curves_view.values, [zoom]),
         _part([logs], _lines_known, _lines),
     ])  # fmt: skip
-    buttons = {"stop": stop, "resume": resume, "chat": chat, "export": export}
-    _wire(ctx, shown, picker, plots, buttons, of_buttons)
+    buttons = {"stop": stop, "resume": resume, "chat": chat, "export": export, "other": other}
+    _wire(ctx, shown, picker, buttons, of_buttons)
+    _wire_zoom(ctx, plots, zoom, of_buttons)
     _wire_deletion(ctx, shown, delete, yes, no, [confirm, sure, of_question], of_buttons)
     return shown
 
 
-def _part(components: list, key: Callable, values: Callable) -> Part:
-    return Part(components, key, values, gr.State(None))
-
-
-def _plot(name: str) -> gr.LinePlot:
-    title, series = views.CURVES[name]
-    return gr.LinePlot(
-        frame([]),
-        x="step",
-        y="value",
-        color="series",
-        color_map={s: views.COLORS[s] for s in series.values()},
-        x_title="step",
-        y_title=" ",  # else the column's name
-        color_title="",
-        colors_in_legend=[],  # Gradio's legend names no series: `views.legend` does
-        tooltip="all",
-        height=HEIGHT,
-        label=title,
-        show_label=True,
-        buttons=["fullscreen"],
-        y_axis_format=".1e" if name == "learning_rate" else None,
-        elem_id=f"plot-{name}",
-        elem_classes="plot",
-    )
-
-
-def frame(points: list[dict]):
-    import pandas as pd  # gradio has it loaded already
-
-    return pd.DataFrame({name: [p[name] for p in points] for name in ("step", "value", "series")})
+def _part(components: list, key: Callable, values: Callable, asked: list | None = None) -> Part:
+    return Part(components, key, values, gr.State(None), asked or [])
 
 
 # ---- what is shown
@@ -163,13 +134,14 @@ def _identity(run) -> tuple:
     return (run.id if run else None,)
 
 
-def _listing(run) -> tuple:
-    return (*_identity(run), live.runs().changes)
+def _listing(run, picked: str | None = None) -> tuple:
+    """With what the picker shows: it is corrected where that is another run than the one shown."""
+    return (*_identity(run), live.runs().changes, bool(run and picked and picked != run.id))
 
 
-def _picker(run) -> list:
+def _picker(run, picked: str | None = None) -> list:
     known = live.runs()
-    choices = [(views.run_label(r.id, known.brief(r)), r.id) for r in known.runs()]
+    choices = [(views.run_label(known.title(r), known.brief(r)), r.id) for r in known.runs()]
     return [gr.update(choices=choices, value=run.id if run else None, visible=bool(choices))]
 
 
@@ -179,13 +151,19 @@ def _what_can_be_done(run) -> tuple:
     s = run.state()
     events = bounded.is_file(run.path / "events.jsonl") and run.id == run.path.name
     state = s.state if events or run.alive() else "interrupted"  # made, and never started
-    return run.id, state, bool(run.adapter), bool(s.checkpoints), bool(s.metrics), events, s.problem
+    return run.id, state, bool(run.adapter), bool(s.checkpoints), events, s.problem, _another(run)
+
+
+def _another(run) -> str:
+    """The id of the run that trains, if it is not the shown one."""
+    active = live.active()
+    return active.id if active and active.id != run.id else ""
 
 
 def _controls(run) -> list:
     if run is None:
         return [gr.update(visible=False)] * 8
-    _, state, adapter, checkpoints, metrics, there, problem = _what_can_be_done(run)
+    _, state, adapter, checkpoints, there, problem, another = _what_can_be_done(run)
     running, usable = state in RUNNING, adapter or checkpoints
     return [
         gr.update(visible=running, value="Stop now" if state == "stopping" else "Stop"),
@@ -194,14 +172,14 @@ def _controls(run) -> list:
         gr.update(visible=adapter and not running),
         gr.update(visible=not running),
         gr.update(visible=there, value=str(run.path / "events.jsonl") if there else None),
-        gr.update(visible=metrics),
         gr.update(visible=True),
+        gr.update(visible=bool(another)),
     ]
 
 
 def _newest(run) -> tuple:
     s = run.state() if run else None
-    return (run.id, s.state, s.updated, s.message, s.error, _problem(run, s)) if s else (None,)
+    return (run.id, s.state, s.updated, s.message, s.error, _problem(run, s), _name(run)) if s else (None,)
 
 
 def _problem(run, state) -> str:
@@ -210,20 +188,16 @@ def _problem(run, state) -> str:
     return state.problem or (known.problem if known else "")
 
 
+def _name(run) -> str:
+    known = live.runs().brief(run)
+    return known.name if known else ""
+
+
 def _numbers(run) -> list:
     if run is None:
         return ["", views.no_runs(), ""]
     s = run.state()
-    return [run.id, views.head(run.id, s, _problem(run, s)), views.tiles(s)]
-
-
-def _points_known(run) -> tuple:
-    metrics = run.state().metrics if run else None
-    return (*_identity(run), metrics.total, len(metrics), metrics[-1]["step"]) if metrics else _identity(run)
-
-
-def _curves(run) -> list:
-    return [_points(run.state(), name) if run else gr.skip() for name in views.CURVES]
+    return [run.id, views.head(run.id, s, _problem(run, s), _name(run)), views.tiles(s)]
 
 
 def _lines_known(run) -> tuple:
@@ -235,28 +209,25 @@ def _lines(run) -> list:
     return [views.logs(run.state() if run else views.RunState())]
 
 
-def _points(state, name: str):
-    """One plot's update. A series without a point yet has an empty one: a plot knows the colors it began with only."""
-    points = views.curve(state, name)
-    missing = set(views.CURVES[name][1].values()) - {p["series"] for p in points}
-    empty = [{"step": points[0]["step"], "value": None, "series": series} for series in missing] if points else []
-    drawn = len({p["step"] for p in points}) > 1  # a line of one point is an empty frame
-    return gr.update(value=frame(points + empty), visible=drawn)
-
-
 def _size(folder: Path) -> str:
     return views.size(sum(p.lstat().st_size for p in folder.rglob("*") if bounded.is_file(p)))
 
 
 def tick(part: Part) -> Callable:
-    """(chosen run's id, what was shown last) -> the part's values and what is shown now, or all skipped."""
+    """(chosen run's id, what was shown last, *asked) -> the part's values and what is shown now, or all skipped."""
 
-    def new(run_id: str, seen):
+    def new(run_id: str, seen, *asked):
         run = chosen(run_id)
-        now = part.key(run)
-        return [gr.skip()] * (len(part.components) + 1) if now == seen else [*part.shown(run, now), now]
+        now = part.key(run, *asked)
+        return [gr.skip()] * (len(part.components) + 1) if now == seen else [*part.shown(run, now, *asked), now]
 
     return new
+
+
+def stay(run_id: str | None, seen=None) -> list:
+    """The run to choose where none is: one that is watched stays when it ends and the next one begins."""
+    run = None if run_id else live.active()
+    return [run.id, run.id] if run else [gr.skip()] * 2
 
 
 # ---- what is done
@@ -283,7 +254,7 @@ def _done(run_id: str | None, act: Callable):
     return run
 
 
-def _wire(ctx: Context, shown: Shown, picker, plots: list, buttons: dict, of_buttons) -> None:
+def _wire(ctx: Context, shown: Shown, picker, buttons: dict, of_buttons) -> None:
     outputs = shown.outputs
     chosen_too = [ctx.chosen_run, *outputs]
 
@@ -299,24 +270,21 @@ def _wire(ctx: Context, shown: Shown, picker, plots: list, buttons: dict, of_but
         run = _done(run_id, starting.resume)
         return (run.id, *shown.everything(run.id))
 
-    def zoom(event: gr.SelectData):
-        low, high = event.index
-        return [gr.update(x_lim=[low, high])] * len(plots)
+    def show_active():
+        run = live.active()
+        return (run.id, *shown.everything(run.id)) if run else [gr.skip()] * len(chosen_too)
 
-    def whole():
-        return [gr.update(x_lim=None)] * len(plots)
-
+    buttons["other"].click(ctx.guarded(show_active), None, chosen_too, **QUICK)
     for part in shown.parts:
-        ctx.on_tick(tick(part), [*part.components, part.seen], [ctx.chosen_run, part.seen])
+        ctx.on_tick(tick(part), [*part.components, part.seen], [ctx.chosen_run, part.seen, *part.asked])
+    seen = gr.State(None)
+    ctx.on_tick(stay, [ctx.chosen_run, seen], [ctx.chosen_run, seen])
     ctx.on_load(shown.everything, outputs, [ctx.chosen_run])
     # not as an input: Gradio refuses a request with a value that was in the list before the last tick only
     picker.select(ctx.guarded(pick), None, chosen_too, **QUICK)
     buttons["stop"].click(None, None, [buttons["stop"]], js="() => 'Stopping…'", queue=False)  # before the server does
     buttons["stop"].click(ctx.guarded(stop), [of_buttons], outputs, **QUICK)
     buttons["resume"].click(ctx.guarded(resume), [of_buttons], chosen_too, trigger_mode="once", **QUICK)
-    for plot in plots:
-        plot.select(ctx.guarded(zoom), None, plots, **QUICK)
-        plot.double_click(ctx.guarded(whole), None, plots, **QUICK)
     bound = gr.State("")
     for tab in ("chat", "export"):
         # emptied first, so that the other tabs hear of a change even where this run was the chosen one before
@@ -326,6 +294,14 @@ def _wire(ctx: Context, shown: Shown, picker, plots: list, buttons: dict, of_but
             [ctx.chosen_run, ctx.tabs, bound],
             **QUICK,
         ).then(lambda run_id: run_id or "", [bound], [ctx.chosen_run], **QUICK)
+
+
+def _wire_zoom(ctx: Context, plots, zoom, of_buttons) -> None:
+    def zoomed(event: gr.SelectData, run_id: str | None):
+        run, new = chosen(run_id or ""), {"run": run_id, "range": curves.chosen(event)}
+        return *curves_view.values(run, new), new
+
+    plots.select(quiet(zoomed), [of_buttons], [plots, zoom], **DIRECT)
 
 
 def _wire_deletion(ctx: Context, shown: Shown, delete, yes, no, question: list, of_buttons) -> None:

@@ -13,7 +13,6 @@ from kto_core.errors import BusyError, DataError, RunError
 from kto_core.planning import checks
 from kto_core.runs import folders
 from kto_core.training import start as starting
-from kto_studio.data import jobs
 from kto_studio.shared import data_sources, live, model_choices
 from kto_studio.shared.context import QUICK, Context, Event
 from kto_studio.shared.prose import in_app, prose
@@ -49,35 +48,42 @@ def build(ctx: Context) -> None:
 def _what(ui) -> None:
     form = train_form.empty()
     with gr.Column(elem_classes="card"):
-        gr.HTML(
-            "<h3>Model and preset</h3><p>A preset sets everything for one model size.</p>", elem_classes="panel-head"
-        )
+        gr.HTML("<h2>New run</h2>", elem_classes="panel-head")
         ui.preset = gr.Radio(
             train_form.preset_choices(),
             value=form["preset"],
             label="Preset",
-            info="demo runs on any computer; the others need an NVIDIA GPU.",
+            info="Sets everything for one model size; what you set yourself stays. demo runs on any computer; the "
+            "others need an NVIDIA GPU.",
             elem_id="train-preset",
         )
         ui.note = gr.HTML(train_form.preset_note(form["preset"]), show_label=False, elem_id="train-note")
         with gr.Row(equal_height=True):
             ui.data = gr.HTML("", elem_id="train-data", show_label=False)
             ui.change = gr.Button("Change dataset", size="sm", scale=0, min_width=120, elem_id="train-change-data")
-        ui.model = gr.Dropdown(
-            train_form.model_choices(form["preset"]),
-            value=form["model"],
-            label="Model",
-            info="The preset's model, an alternative, or a Hub id (owner/name).",
-            allow_custom_value=True,
-            elem_id="train-model",
-        )
-        ui.adapter = gr.Dropdown(
-            [("A new adapter", "")],
-            value="",
-            label="Start from",
-            info="A new adapter, or the adapter of an earlier run.",
-            elem_id="train-adapter",
-        )
+        with gr.Row(equal_height=True):
+            ui.model = gr.Dropdown(
+                train_form.model_choices(form["preset"]),
+                value=form["model"],
+                label="Model",
+                info="The preset's model, an alternative, or a Hub id (owner/name).",
+                allow_custom_value=True,
+                elem_id="train-model",
+            )
+            ui.adapter = gr.Dropdown(
+                [("A new adapter", "")],
+                value="",
+                label="Start from",
+                info="A new adapter, or the adapter of an earlier run.",
+                elem_id="train-adapter",
+            )
+        ui.name = _control(next(c for c in train_form.controls() if c.name == "run_name"))
+
+
+def _control(c):
+    """The widget of a setting, as the preset that a new page shows has it."""
+    base = resolving.resolve(train_form.empty()["preset"], {}).config
+    return train_form.widget(c, train_form.choice(c, getattr(base, c.name)))
 
 
 def _plan(ui) -> None:
@@ -87,30 +93,31 @@ def _plan(ui) -> None:
         with gr.Row():
             ui.start = gr.Button(START, variant="primary", scale=3, min_width=120, elem_id="train-start")
             ui.queue = gr.Button("Add to queue", visible=False, scale=1, min_width=124, elem_id="train-queue")
-            ui.check = gr.Button("Check settings", scale=1, min_width=136, elem_id="train-check")
-            ui.reset = gr.Button("Reset", scale=1, min_width=64, interactive=False, elem_id="train-reset")
+            ui.check = gr.Button("Check settings", size="md", scale=1, min_width=136, elem_id="train-check")
+            ui.reset = gr.Button("Reset", size="md", scale=1, min_width=64, interactive=False, elem_id="train-reset")
 
 
 def _settings(ui) -> None:
-    base = resolving.resolve(train_form.empty()["preset"], {}).config
     controls = train_form.controls()
     main, more = controls[: len(train_form.MAIN)], controls[len(train_form.MAIN) :]
-    ui.values = []
+    made = {"run_name": ui.name}
     with gr.Column(elem_classes="card"):
-        gr.HTML("<h3>Settings</h3><p>The most important ones.</p>", elem_classes="panel-head")
-        for pair in zip(main[::2], main[1::2], strict=True):
-            with gr.Row(equal_height=True):
-                ui.values += [train_form.widget(c, train_form.choice(c, getattr(base, c.name))) for c in pair]
+        gr.HTML("<h2>Settings</h2>", elem_classes="panel-head")
+        _pairs(made, main)
     with gr.Accordion("All settings", open=False, elem_id="train-all"):
-        for group in dict.fromkeys(c.group for c in more):
+        rest = [c for c in more if c.name not in made]
+        for group in dict.fromkeys(c.group for c in rest):
             gr.HTML(f"<h3>{group}</h3>", elem_classes="panel-head group-head")
-            chosen = [c for c in more if c.group == group]
-            for start in range(0, len(chosen), 2):
-                with gr.Row(equal_height=True):
-                    for c in chosen[start : start + 2]:
-                        ui.values.append(train_form.widget(c, train_form.choice(c, getattr(base, c.name))))
+            _pairs(made, [c for c in rest if c.group == group])
     with gr.Accordion("All values and where they come from", open=False, elem_id="train-origins"):
         ui.origins = gr.HTML("", show_label=False)
+    ui.values = [made[c.name] for c in controls]
+
+
+def _pairs(made: dict, controls: list) -> None:
+    for at in range(0, len(controls), 2):
+        with gr.Row(equal_height=True):
+            made |= {c.name: _control(c) for c in controls[at : at + 2]}
 
 
 # ---- the form
@@ -120,10 +127,13 @@ def _data_line(form: dict, data_id: str) -> str:
     name = data_sources.name(data_id) if data_id else ""
     if not name:
         return f'<div class="note note-bad">{data_sources.NONE}</div>'
-    found = jobs.look(data_id, form["model"], None, start=False)
-    if found.loaded is not None:
-        r = found.loaded.report
-        rest = f"{r.kept:,} rows, {r.desirable:,} 👍 {r.undesirable:,} 👎"
+    found = plan.look(form, data_id)
+    if found.report is not None:
+        good, bad = found.report.fitting
+        out = sum(found.report.left_out.values())
+        rest = f"{good + bad:,} rows will train: {good:,} 👍 Good, {bad:,} 👎 Bad" + (
+            f"; {out:,} left out" if out else ""
+        )
     else:
         rest = found.problem or (found.reading.error if found.reading else "") or "still being read"
     return f'<div class="note"><b>{html.escape(name)}</b><br>{prose(rest)}</div>'
@@ -149,11 +159,12 @@ def _judged(form: dict, data_id: str) -> list:
         gr.update(interactive=touched),
         _data_line(form, data_id),
         model,
+        gr.update(variant="primary" if plan.ready(form, data_id) else "secondary"),  # a press says why it cannot start
     ]
 
 
 def _outputs(ctx: Context, ui) -> list:
-    return [ui.form, ui.seen, ui.kept, ui.plan, ui.origins, ui.changed, ui.reset, ui.data, ctx.chosen_model]
+    return [ui.form, ui.seen, ui.kept, ui.plan, ui.origins, ui.changed, ui.reset, ui.data, ctx.chosen_model, ui.start]
 
 
 def _filled(form: dict) -> list:
@@ -178,7 +189,12 @@ def _form_events(ctx: Context, ui) -> None:
     def opened(kept: dict, data_id: str):
         return everything(train_form.restore(kept), data_id)
 
-    def chose_preset(preset: str, data_id: str):
+    def chose_preset(preset: str, before: dict, data_id: str, *values):
+        """What the user set stays: what the page shows is read as it was, with the preset before."""
+        mine = train_form.read(before["preset"], *values)
+        return everything(train_form.carry(mine, preset), data_id)
+
+    def reset(preset: str, data_id: str):
         return everything(train_form.empty(preset), data_id)
 
     def edited(data_id: str, *values):
@@ -222,8 +238,13 @@ def _form_events(ctx: Context, ui) -> None:
         answered(None, None, [ui.ready], js="() => '<i></i>'", queue=False)
     ctx.on_tick(tick, outputs, [ui.form, ctx.chosen_data, ui.seen])
     changes = [
-        ui.preset.input(ctx.guarded(chose_preset), [ui.preset, ctx.chosen_data], [*widgets, *outputs], **LAST),
-        ui.reset.click(ctx.guarded(chose_preset), [ui.preset, ctx.chosen_data], [*widgets, *outputs], **QUICK),
+        ui.preset.input(
+            ctx.guarded(chose_preset),
+            [ui.preset, ui.form, ctx.chosen_data, *typed[1:]],
+            [*widgets, *outputs],
+            **LAST,
+        ),
+        ui.reset.click(ctx.guarded(reset), [ui.preset, ctx.chosen_data], [*widgets, *outputs], **QUICK),
         gr.on(
             [w.input for w in (ui.model, ui.adapter, *ui.values)],
             ctx.guarded(edited),

@@ -18,9 +18,9 @@ from kto_core.errors import KTOError, ModelError
 from kto_core.runs import checkpoints, events, folders, run
 from kto_core.training import start as starting
 from kto_studio.export import tab
-from kto_studio.shared import live, model_choices, views
+from kto_studio.shared import curves, live, model_choices, views
 from kto_studio.shared.context import Context
-from kto_studio.train import form, run_side
+from kto_studio.train import curves_view, form, run_side
 from tests.support.bad_runs import GOOD, HARMLESS, SKIPPED, UNREADABLE, make, text_of
 
 ALL = {**UNREADABLE, **SKIPPED, **HARMLESS}
@@ -205,8 +205,7 @@ def test_any_bytes_anywhere(runs_dir, mutations):
     state = bad.state()
     for text in (views.head("bad", state, bad.problem()), views.tiles(state), views.logs(state), found["bad"]):
         text.encode()
-    for name in views.CURVES:
-        views.curve(state, name)
+    curves.view(curves_view.made(state)).encode()
     assert isinstance(bad.dataset(), dict) and isinstance(bad.problem(), str)
     assert isinstance(checkpoints.problem(folder / "adapter"), str)
     assert cli.main(["runs", "list", "--json"]) == 0 and cli.main(["runs", "show", "bad"]) in (0, 1)

@@ -13,7 +13,7 @@ from kto_core.runs import event_reader, events, folders, run, run_list
 from kto_studio import demo_panel
 from kto_studio.shared import live, model_choices, views
 from kto_studio.shared.context import Context
-from kto_studio.train import run_side
+from kto_studio.train import curves_view, run_side
 from tests.support.bad_runs import make
 
 MANY = 300
@@ -280,14 +280,15 @@ def test_a_long_run_is_sampled_and_says_the_same(runs_dir, monkeypatch):
     assert found.told[-300:] == whole.told[-300:] and found.told.total == whole.told.total
     assert found.latest("loss") == round(1 / steps, 9) and found.latest("eval_loss") == round(2 / steps, 9)
     for state in (found, whole):
-        for metric, series in views.CURVES["loss"][1].items():
-            points = [p for p in views.curve(state, "loss") if p["series"] == series]
+        loss = curves_view.made(state)[0]
+        for metric, line in zip(("loss", "eval_loss"), loss.lines, strict=True):
+            points = loss.thin(list(line.points))
             every = 50 if metric == "eval_loss" else 1
-            assert points[0]["step"] == every and points[-1]["step"] == steps and 300 < len(points) <= views.POINTS
-            gaps = [b["step"] - a["step"] for a, b in zip(points, points[1:], strict=False)]
+            assert points[0][0] == every and points[-1][0] == steps and 300 < len(points) <= views.POINTS
+            gaps = [b - a for (a, _), (b, _) in zip(points, points[1:], strict=False)]
             assert max(gaps) < 4 * steps / views.POINTS and min(gaps) > 0, "evenly spread"
             factor = 2 if metric == "eval_loss" else 1
-            assert all(p["value"] == round(factor / p["step"], 9) for p in points)
+            assert all(value == round(factor / step, 9) for step, value in points)
 
 
 def test_a_run_that_grows_keeps_a_bounded_number_of_rows(tmp_path):

@@ -11,7 +11,7 @@ from kto_core.runs import folders, run
 from kto_core.runs.events import EventLog
 from kto_studio import demo_panel
 from kto_studio.data import jobs as data_jobs
-from kto_studio.shared import data_sources, live, readings, views
+from kto_studio.shared import data_sources, live, readings
 from kto_studio.train import form as train_form
 from kto_studio.train import plan as train_plan
 from kto_studio.train import run_side
@@ -177,6 +177,45 @@ def test_problems_stand_in_the_plans_place_and_are_escaped(data):
             train_plan.begin(form(), gone)
 
 
+def test_a_problem_has_the_controls_name_marks_it_and_start_is_not_ready(data):
+    shown = train_plan.view(form(test_size=7.0), data)
+    assert "Validation split:" in shown and "test_size:" not in shown and 'data-fields="test_size"' in shown
+    assert train_plan.ready(form(), data) and not train_plan.ready(form(test_size=7.0), data)
+    assert not train_plan.ready(form(), "")
+
+
+def test_weights_are_advised_for_the_rows_that_train(tmp_path):
+    """Most good rows are too long: what is left is lopsided the other way."""
+    from kto_core.data.report import Report
+    from kto_studio.data import view as data_view
+
+    report = Report(rows=790, kept=787, desirable=360, undesirable=427, fitting=(198, 405), too_long=184)
+    field, weight = data_view.advised(report)
+    assert field == "desirable_weight" and 1 <= weight * 198 / 405 <= 1.5
+    assert "198 good, 405 bad" in data_view.balance(report) and report.to_dict()["weights"]["desirable"][0] > 2
+    shown = data_view.summary(report)
+    assert "<b>790</b>" in shown and "<b>603</b>" in shown and "<b>187</b>" in shown
+    assert "187 left out: 3 dropped, 184 too long" in shown and sum(report.left_out.values()) + 603 == 790
+
+
+def test_the_plan_says_that_the_loss_is_lopsided(tmp_path):
+    rows = [{"prompt": f"Q{n}?", "completion": "A.", "label": n % 6 == 0} for n in range(60)]
+    (tmp_path / "uneven.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    uneven = data_sources.add_upload(str(tmp_path / "uneven.jsonl"))
+    data_sources.load(uneven)
+    shown = train_plan.view(form(), uneven)
+    assert "10 good and 50 bad rows count 0.2 to 1" in shown and "desirable_weight from 5 to 7.5" in shown
+    assert "lopsided" not in train_plan.view(form(desirable_weight=6.0), uneven)
+
+
+def test_another_preset_keeps_what_the_user_set():
+    mine = form("demo", beta=0.37, desirable_weight=1.5) | {"adapter": "a"}
+    new = train_form.carry(mine, "7b")
+    assert new == train_form.empty("7b") | {"values": {"beta": 0.37, "desirable_weight": 1.5}}
+    same = train_form.write(train_form.empty("3b"))[[c.name for c in train_form.controls()].index("beta")]
+    assert train_form.carry(form("demo", beta=same), "3b")["values"] == {}, "what the preset has is no change"
+
+
 def test_a_dry_run_answers_in_the_background_with_exact_numbers(data, demo_model):
     before = train_plan.signature(form(), data)
     job = train_plan.begin(form(), data)
@@ -274,31 +313,31 @@ def test_a_run_without_a_process_is_offered_for_resume(data, side):
     assert "Interrupted" in text and "after step 3" in text
 
 
+def test_the_picker_is_corrected_where_it_shows_another_run(data, side):
+    first, second = make_run(data, state="finished"), make_run(data, state="finished", name="Short A")
+    _, ticks = side
+    seen = ticks[0](first.id, None, first.id)[-1]
+    assert "value" not in ticks[0](first.id, seen, first.id)[0]
+    sent = ticks[0](first.id, seen, second.id)[0]
+    assert sent["value"] == first.id and any("Short A" in label for label, _ in sent["choices"])
+
+
+def test_a_run_that_is_watched_stays_when_the_next_one_begins(data, side, monkeypatch):
+    first, second = make_run(data, state="finished"), make_run(data)
+    monkeypatch.setattr(live, "active", lambda: second)
+    assert run_side.stay("")[0] == second.id and "value" not in run_side.stay(first.id)[0]
+    shown = {c.elem_id: v for c, v in zip(side[0].outputs, side[0].everything(first.id), strict=True)}
+    assert shown["train-other"]["visible"] is True
+    shown = {c.elem_id: v for c, v in zip(side[0].outputs, side[0].everything(second.id), strict=True)}
+    assert shown["train-other"]["visible"] is False
+
+
 def test_without_a_run_the_page_says_what_to_do_and_a_deleted_run_is_gone(data, side):
     assert "Start training" in text_of(side[0], "")
     made = make_run(data, state="finished")
     folders.delete(made)
     live.forget()
     assert made.id not in text_of(side[0], made.id)
-
-
-def test_ten_thousand_points_are_thinned_in_every_plot(data, side):
-    made = make_run(data, steps=10_000, state="finished")
-    sent = side[0].everything(made.id)
-    frames = [v["value"] for v in sent if isinstance(v, dict) and hasattr(v.get("value"), "columns")]
-    assert frames and all(f.groupby("series").size().max() <= views.POINTS for f in frames if len(f))
-
-
-def test_a_plot_knows_all_its_series_from_the_first_point_on(data, side):
-    """A series that came later would have no color: held-out rows are first measured after many steps."""
-    made = make_run(data, state="finished")
-    frames = [
-        v["value"] for v in side[0].everything(made.id) if isinstance(v, dict) and hasattr(v.get("value"), "columns")
-    ]
-    loss = frames[0]
-    assert (
-        set(loss["series"]) == {"training", "validation"} and loss[loss["series"] == "validation"]["value"].isna().all()
-    )
 
 
 # ---- the demo
@@ -382,6 +421,6 @@ def test_the_trials_of_a_rate_are_a_table_and_a_curve(data):
     card, text, plot = rate_view.values(made)
     assert card["visible"] and "Learning rate 9e-5" in text and "0.4100" in text and "NaN" in text
     assert EVIL not in text and 'aria-current="true"' in text
-    assert list(plot["value"]["loss"]) == [0.41] and not plot["visible"]  # a line of one point is an empty frame
+    assert 'id="plot-rate"' in plot and "<b>0.41</b>" in plot  # one point is shown too
     (made.path / rates.FILE).write_text("[]")
     assert rate_view.values(made)[0]["visible"] is False and rate_view.values(None)[1] == ""

@@ -61,7 +61,8 @@ def test_report_names_reasons_and_lines(mixed):
     shown = view.problems(report)
     for text in ("Dropped", "not JSON", "129", "Duplicate", "127 (like line 1)", "Contradiction", "128 (like line 2)"):
         assert text in shown, text
-    assert "<b>131</b>" not in view.summary(report) and "<b>130</b>" in view.summary(report)
+    shown = view.summary(report)
+    assert "<b>131</b>" in shown and "<b>130</b>" in shown and "1 left out: 1 dropped" in shown
     assert "Nothing was dropped" in view.problems(dataset.Report())
 
 
@@ -71,12 +72,12 @@ def test_report_names_reasons_and_lines(mixed):
      (30, 70, "desirable_weight"), (1, 1000, "desirable_weight")],
 )  # fmt: skip
 def test_weight_advice_is_inside_equation_9(good, bad, expected):
-    found = view.advised(dataset.Report(desirable=good, undesirable=bad))
+    found = view.advised(dataset.Report(fitting=(good, bad)))
     assert (found and found[0]) == expected
     if found:
         weights = {"desirable_weight": 1.0, "undesirable_weight": 1.0, found[0]: found[1]}
         assert 1 <= weights["desirable_weight"] * good / (weights["undesirable_weight"] * bad) <= 1.5 + 1e-9
-        assert f"{good:,} good, {bad:,} bad" in view.balance(dataset.Report(desirable=good, undesirable=bad))
+        assert f"{good:,} good, {bad:,} bad" in view.balance(dataset.Report(fitting=(good, bad)))
 
 
 def test_row_as_the_model_sees_it(demo_model):
@@ -107,7 +108,7 @@ def test_lengths_tell_what_the_limit_does(mixed):
     drawn = view.chart(report, None)
     assert "in characters" in view.lengths(report, 512, "demo", None, drawn) and "Median <b>" in drawn
     report.lengths_unit, report.truncated, report.too_long = "tokens", 3, 1
-    assert "3 prompts are truncated and 1 rows are dropped" in view.lengths(report, 16, "demo", None, drawn)
+    assert "3 prompts are truncated and 1 rows are left out" in view.lengths(report, 16, "demo", None, drawn)
     assert 'class="over"' in view.chart(report, 16)
 
 
@@ -255,7 +256,7 @@ def test_the_data_tab_end_to_end(mixed, tmp_path, demo_model):
         place.get_by_text("1–12 of 12 rows").wait_for()
         page.locator("#data-label").get_by_text("👎 Bad").click()
         place.get_by_text("of 1 rows").wait_for()
-        assert "bad" in table.first.inner_text() and table.count() == 1
+        assert "Bad" in table.first.inner_text() and table.count() == 1
         page.locator("#data-search input, #data-search textarea").fill("nowhere")
         page.locator("#data-table").get_by_text("No row matches").wait_for()
         page.locator("#data-search input, #data-search textarea").fill("")

@@ -50,8 +50,27 @@ def test_a_failed_run_says_why_and_no_html_of_it_is_live():
 @pytest.mark.parametrize("name", ["finished", "stopped", "failed", "interrupted", "stopping", "preparing", "training"])
 def test_every_state_has_a_word(name):
     found = state({"kind": "status", "state": name, "total_steps": 2})
-    assert views.LABELS[name] in views.head("r", found) and f"chip-{name}" in views.chip(name)
+    assert views.LABELS[name] in views.head("r", found) and f"chip-{name}" in views.chip(found)
     assert views.LABELS[name].lower() in views.run_label("r", found)
+
+
+def test_a_run_that_waits_is_queued_and_has_no_bar():
+    waiting = {"kind": "status", "state": "preparing", "message": "Waiting: run r0 is training."}
+    shown = views.head("r1", state(waiting))
+    assert "Queued" in shown and "Preparing" not in shown and "progressbar" not in shown
+    assert "progressbar" in views.head("r1", state(waiting | {"message": "Loading the model."}))
+
+
+def test_the_windows_title_has_the_percent_of_the_run():
+    assert 'data-title="66 % · KTO Studio"' in views.header_status(training(2, 3), "CPU")
+    assert 'data-title="KTO Studio"' in views.header_status(None, "CPU")
+
+
+def test_a_runs_name_is_in_its_head_and_in_the_list():
+    assert "Short A" in views.head("r1", training(), name="Short A") and EVIL not in views.head(
+        "r1", training(), name=EVIL
+    )
+    assert views.run_label("Short A · r1", training(3, 3)).startswith("Short A · r1 · ")
 
 
 def test_fraction_never_leaves_its_range():
@@ -59,16 +78,6 @@ def test_fraction_never_leaves_its_range():
     assert views.fraction(state({"kind": "status", "state": "preparing", "fraction": 0.25})) == 0.25
     assert views.fraction(training(3, 2)) == 1.0
     assert views.fraction(state({"kind": "status", "state": "finished"})) == 1.0
-
-
-def test_curves_are_thinned_and_keep_their_ends():
-    events = [{"kind": "metric", "step": s, "loss": 1.0, "eval_loss": 2.0} for s in range(5000)]
-    points = views.curve(state(*events), "loss")
-    for series in ("training", "validation"):
-        own = [p for p in points if p["series"] == series]
-        assert len(own) == views.POINTS and own[0]["step"] == 0 and own[-1]["step"] == 4999
-    assert views.curve(training(), "gpu_memory") == []
-    assert {s for _, named in views.CURVES.values() for s in named.values()} <= set(views.COLORS)
 
 
 def test_logs_show_the_last_lines_and_count_the_rest():

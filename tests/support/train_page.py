@@ -110,7 +110,16 @@ def in_state(page, *states: str, step: int = 0) -> int:
 
 
 def drawn(page, plot: str = "loss") -> int:
-    """How much of a line a plot has: characters of its path."""
-    return page.locator(f"#plot-{plot}").evaluate(
-        "e => [...e.querySelectorAll('.mark-line path')].reduce((n, p) => n + (p.getAttribute('d') || '').length, 0)"
+    """The points that a plot's first line has, 0 where nothing is drawn."""
+    return page.evaluate(
+        "id => (document.querySelector(`#${id} .curve-line`)?.getAttribute('d').match(/[ML]/g) ?? []).length",
+        f"plot-{plot}",
+    )
+
+
+def last_step(page, plot: str = "loss") -> int:
+    """The step that a plot ends with, 0 where nothing is drawn."""
+    return page.evaluate(
+        "id => JSON.parse(document.getElementById(id)?.dataset.curve ?? '{\"lines\":[[0,0,[0]]]}').lines[0][2].at(-1)",
+        f"plot-{plot}",
     )
