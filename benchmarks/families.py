@@ -2,7 +2,7 @@
 
     python benchmarks/families.py [--json OUT]
 
-For each architecture of tests/support/oracle.py: the comparison that every run makes at its start (`engine.probe`), then
+For each architecture of tests/support/oracle.py: the comparison that every run makes at its start (`engine.probe`), and
 16 rows scored in packed passes beside one row at a time through the model's own forward. In bf16 both sides are also
 compared with the fp32 values, so that a packed pass that is further off than the model's own rounding shows.
 """
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     results, bad = {}, 0
-    for architecture in oracle.ARCHITECTURES:
+    for architecture in oracle.SERVED:
         for dtype in ("float32", "bfloat16"):
             r = results[f"{architecture}, {dtype}"] = measured(architecture, dtype, device)
             if "refused" in r:

@@ -73,7 +73,6 @@ def merge(base: str, adapter: str, part: str, public_base: str, facts: dict) -> 
 def _load_plain(base: str):
     """The base on the CPU without quantization, in the dtype it was saved in."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     from kto_core.models import facts as model_info
     from kto_core.models import gpt_oss
@@ -93,7 +92,7 @@ def _load_plain(base: str):
             "bitsandbytes 4-bit model to export it, or share only the adapter."
         )
     try:
-        model = models.load_whole(AutoModelForCausalLM, Path(base), **how)
+        model = models.load_whole(Path(base), **how)
         if quantized == "bitsandbytes":
             model = model.dequantize()
         if model.config.model_type == "gpt_oss":
