@@ -65,7 +65,7 @@ def test_a_training_of_the_sweep_is_the_products(loaded, tiny_model, tmp_path):
         model=str(tiny_model), per_device_train_batch_size=8, gradient_accumulation_steps=1, learning_rate=1e-2, seed=5,
         r=4, lora_alpha=8, load_in_4bit=False, data="rows.jsonl", max_length=256,
     )  # fmt: skip
-    args = trainer.arguments(cfg, tmp_path / "run", precompute=False, checkpointing=None, evaluate=False)
+    args = trainer.arguments(cfg, tmp_path / "run", rate=1e-2, precompute=False, checkpointing=None, evaluate=False)
     args.save_strategy = "no"
     rows = data.train
     columns = {

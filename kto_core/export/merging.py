@@ -20,7 +20,7 @@ from pathlib import Path
 from kto_core.errors import ExportError, HardwareError, ModelError, first_line
 from kto_core.guards.child import tell
 
-from .config_keys import write_both
+from .config_keys import carry_processor, write_both
 
 FACTS = "export.json"  # in the merged folder: what it was made of
 SEED = 3407
@@ -206,6 +206,7 @@ def _save(model, base: str, folder: Path, public_base: str) -> None:
     finally:
         done.set()
     write_both(folder, Path(base))
+    carry_processor(folder, Path(base))
     save_tokenizer(models.load_tokenizer(base), folder)
     for file in folder.iterdir():
         os.chmod(file, 0o644)  # safetensors writes 0600: others could not read what is shared

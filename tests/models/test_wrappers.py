@@ -7,11 +7,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from kto_core.config import resolving
+from kto_core.errors import ModelError
 from kto_core.export import merging
 from kto_core.models import load
 from kto_core.models.language.part import decoder_of
 from kto_core.models.language.targets import excluded, linear_layers, suffixes
-from kto_core.models.shape import ATTENTION, FFN
+from kto_core.models.shape import ATTENTION, FFN, from_config
 from kto_core.planning.dry_run import dry_run
 from kto_core.runs.events import fold, read
 from tests.support import oracle
@@ -111,6 +112,8 @@ def test_train_chat_and_merge(architecture, engine, folder_of, data, tmp_path, m
         chat.unload()
 
     monkeypatch.setattr(merging, "tell", lambda *_: None)
+    processor = {"image_processor_type": "SomeProcessor", "auto_map": {"AutoProcessor": "code.Processor"}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     part = tmp_path / "merged"
     part.mkdir()
     facts = merging.merge(str(folder), str(place / "adapter"), str(part), "owner/base", {})
@@ -121,6 +124,7 @@ def test_train_chat_and_merge(architecture, engine, folder_of, data, tmp_path, m
     assert changed and all(".language_model." in n for n in changed)
     theirs = json.loads((folder / "config.json").read_text())
     ours = json.loads((part / "config.json").read_text())
+    assert json.loads((part / "preprocessor_config.json").read_text()) == {"image_processor_type": "SomeProcessor"}
     assert ours["architectures"] == theirs["architectures"] and ours["model_type"] == theirs["model_type"]
 
 
@@ -128,6 +132,17 @@ def names(folder) -> dict:
     from safetensors.torch import load_file
 
     return load_file(folder / "model.safetensors")
+
+
+def test_a_config_that_leaves_sizes_to_transformers_has_a_shape():
+    """As Gemma 3's own: no heads, no vocabulary."""
+    text = {"model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34,
+            "sliding_window": 1024}  # fmt: skip
+    shape = from_config({"model_type": "gemma3", "text_config": text, "vision_config": {"hidden_size": 1152}}, "gemma")
+    assert (shape.heads, shape.kv_heads, shape.head_dim, shape.hidden) == (8, 4, 256, 2560)
+    assert shape.tied and 3.8e9 < shape.parameters < 4e9
+    with pytest.raises(ModelError, match="num_attention_heads"):
+        from_config({"model_type": "unknown", **{k: v for k, v in text.items() if k != "model_type"}}, "other")
 
 
 def test_all_linear_is_the_seven_projections_where_rates_were_measured():
