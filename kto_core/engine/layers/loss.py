@@ -83,7 +83,8 @@ class _Instead(torch.nn.Module):
 
     def __init__(self, decoder, hidden):
         super().__init__()
-        self.__dict__["decoder"], self.hidden = decoder, hidden
+        self.__dict__["decoder"], self.__dict__["hidden"] = decoder, hidden
+        self.register_parameter("place", torch.nn.Parameter(hidden, requires_grad=False))  # tells wrappers the device
 
     def forward(self, *_, **__):
         from transformers.modeling_outputs import BaseModelOutputWithPast
