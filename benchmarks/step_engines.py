@@ -77,9 +77,9 @@ def _load_base(args, folder: str):
 
 
 def targets() -> list[str]:
-    from kto_core.config.run_config import TARGETS
+    from kto_core.models.shape import ATTENTION, FFN
 
-    return list(TARGETS)
+    return [*ATTENTION, *FFN]
 
 
 def build(args, model, tokenizer, dataset, out: str, gpu: bool, cache):

@@ -76,9 +76,10 @@ def test_a_training_of_the_sweep_is_the_products(loaded, tiny_model, tmp_path):
     ours = {n: p.detach().clone() for n, p in model.parameters.items()}
     model.reset(5, "B=0")
     start = {n: p.detach().clone() for n, p in model.parameters.items()}
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
     product = PackedKTOTrainer(
-        AutoModelForCausalLM.from_pretrained(tiny_model), args=args, train_dataset=Dataset.from_dict(columns),
-        peft_config=lora_config(cfg), reference_cache=False,
+        base, args=args, train_dataset=Dataset.from_dict(columns),
+        peft_config=lora_config(cfg, base), reference_cache=False,
     )  # fmt: skip
     theirs = {n: p for n, p in product.model.named_parameters() if p.requires_grad}
     assert theirs.keys() == start.keys()

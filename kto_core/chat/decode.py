@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from kto_core.engine.layers import attention, lean
 from kto_core.engine.layers.loss import Head
 from kto_core.engine.support import MIXTURES, available
+from kto_core.models.language.part import decoder_of
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +30,11 @@ FIXED_ROPE = ("default", "linear", "llama3", "yarn", "proportional")  # others l
 def serves(model) -> bool:
     """Whether a loaded model's steps can run here: a dense decoder on one device."""
     config = model.config
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     kinds = {r.get("rope_type", "default") for r in (rope, *rope.values()) if isinstance(r, dict)}
     one_device = len({p.device for p in model.parameters()}) == 1
-    dense = config.model_type not in MIXTURES  # a step whose kernels depend on the token cannot be captured
+    dense = text.model_type not in MIXTURES  # a step whose kernels depend on the token cannot be captured
     return dense and one_device and kinds <= set(FIXED_ROPE) and available(config)[0]
 
 
@@ -63,7 +65,7 @@ class Decoder:
     def __init__(self, model, graph: bool | None = None):
         self.model = model
         self.causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.decoder = getattr(self.causal, self.causal.base_model_prefix)
+        self.decoder = decoder_of(self.causal)
         self.head = Head.of(self.causal)
         self.device = model.device
         self.graph = self.device.type == "cuda" if graph is None else graph

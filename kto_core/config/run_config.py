@@ -18,7 +18,6 @@ from kto_core.errors import ConfigError
 from . import column_map
 from .thresholds import disorder
 
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 OUTPUT_LAYERS = ("lm_head", "embed_tokens", "embed_out", "wte")
 
 
@@ -170,8 +169,10 @@ class RunConfig(BaseModel):
     lora_alpha: int = _field(128, "LoRA scaling: the adapter is multiplied by alpha / r.", group="LoRA", ge=1, le=8192)
     lora_dropout: float = _field(0.0, "Dropout in the adapter's layers.", group="LoRA", ge=0, lt=1)
     target_modules: Literal["all-linear"] | Names = _field(
-        TARGETS, "Modules that get a LoRA adapter, separated by commas, or all-linear.", group="LoRA", min_length=1
-    )
+        "all-linear",
+        "Modules that get a LoRA adapter, separated by commas. all-linear: all linear layers of the language model.",
+        group="LoRA", min_length=1,
+    )  # fmt: skip
 
     # precision and memory
     load_in_4bit: bool = _field(True, "Load the base model's weights in 4-bit.", group="Memory and speed")

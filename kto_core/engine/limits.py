@@ -102,26 +102,31 @@ def choose(
 
 def measure(engine, autocast) -> tuple[Token, float]:
     """Bytes of a token, and bytes that a pass keeps whatever its tokens (number-format copies of the adapter)."""
-    (few, few_rest, _), (many, many_rest, width) = (_kept(engine, autocast, t) for t in MEASURED)
+    (few, few_rest, _, _), (many, many_rest, width, stored) = (_kept(engine, autocast, t) for t in MEASURED)
     tokens, layers = MEASURED[1] - MEASURED[0], max(1, len(engine.layers))
     per_layer = (many - few) / tokens / layers
     config = engine.causal.config.get_text_config()
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     number = width // config.hidden_size  # bytes of one
-    store = 2 * heads * head * number * len(engine.layers)  # counted as if all tokens were prompt
+    store = stored / MEASURED[1]  # counted as if all tokens were prompt
     rest = (many_rest - few_rest) / tokens + 3 * width
     experts = getattr(config, "num_experts_per_tok", 0) or 1
-    busy = working(config.hidden_size, experts * getattr(config, "intermediate_size", 4 * config.hidden_size), number)
+    busy = working(config.hidden_size, experts * _widest(config), number)
     return Token(per_layer, width, rest, store, busy), max(0.0, few - per_layer * layers * MEASURED[0])
+
+
+def _widest(config) -> int:
+    """Of the layers' FFNs, which may differ."""
+    width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    return max(width) if isinstance(width, list | tuple) else width
 
 
 def _unpack(_):
     raise RuntimeError("a pass that is only measured has no backward")
 
 
-def _kept(engine, autocast, tokens: int) -> tuple[int, int, int]:
-    """Bytes that a pass of ``tokens`` tokens saves in the layers and outside, and of one hidden state."""
+def _kept(engine, autocast, tokens: int) -> tuple[int, int, int, int]:
+    """Bytes that a pass of ``tokens`` tokens saves in the layers and outside, of one hidden state, and of the keys and
+    values of all tokens."""
     ids = np.arange(tokens + 1, dtype=np.int32) % 97 + 3
     t = tree.build([ids[:-2]], [ids[-3:]])
     kept = {"layers": 0, "rest": 0}
@@ -153,12 +158,15 @@ def _kept(engine, autocast, tokens: int) -> tuple[int, int, int]:
     hooks = [h for m in engine.layers for h in (m.register_forward_pre_hook(enter), m.register_forward_hook(leave))]
     try:
         with engine.using_tree(), autocast(), torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
-            hidden = engine.forward(t.ids, t.positions, attention.Pass(t.segments, engine.device))
+            keep = torch.arange(len(t), device=engine.device)
+            run = attention.Pass(t.segments, engine.device, keep=keep, store={})
+            hidden = engine.forward(t.ids, t.positions, run)
     finally:
         engine.limits = before
         for h in hooks:
             h.remove()
-    return kept["layers"], kept["rest"], hidden.shape[-1] * hidden.element_size()
+    stored = sum(t.nbytes for pair in run.store.values() for t in pair)
+    return kept["layers"], kept["rest"], hidden.shape[-1] * hidden.element_size(), stored
 
 
 def available(device: torch.device) -> float:

@@ -21,6 +21,7 @@ from kto_core.engine.packing import tree
 from kto_core.engine.packing.passes import y_tokens
 from kto_core.errors import Cancelled
 from kto_core.hardware.out_of_memory import is_out_of_memory
+from kto_core.models.language.part import decoder_of
 
 from .group import Group, Objective, Result, Work
 from .limits import Limits
@@ -39,7 +40,7 @@ class Engine:
 
         self.model = model
         self.causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.decoder = getattr(self.causal, self.causal.base_model_prefix)
+        self.decoder = decoder_of(self.causal)
         self.device = self.causal.get_input_embeddings().weight.device
         self.divided = sharding.is_divided(self.decoder)
         self.layers = [m for m in self.decoder.modules() if isinstance(m, GradientCheckpointingLayer)]

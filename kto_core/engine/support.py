@@ -1,6 +1,8 @@
-"""Which architectures the packed engine serves. Imports nothing of the project."""
+"""Which architectures the packed engine serves, as far as a configuration tells."""
 
 from __future__ import annotations
+
+from kto_core.models.language.part import class_of
 
 MIXTURES = ("gpt_oss",)  # mixtures of experts that are served: a token's experts do not depend on its neighbours
 
@@ -14,8 +16,10 @@ def available(hf_config, max_length: int | None = None) -> tuple[bool, str]:
     config, name = hf_config, hf_config.model_type
     if getattr(config, "is_encoder_decoder", False):
         return False, f"{name} is an encoder-decoder, and the packed engine supports decoder-only models."
-    if config.get_text_config() is not config:
-        return False, f"{name} also takes images or audio, and the packed engine supports text models only."
+    model_class = class_of(config)
+    if model_class is None:
+        return False, f"transformers has no causal language model for {name}."
+    config = config.get_text_config()
     experts = ("num_local_experts", "num_experts", "n_routed_experts")
     if any((getattr(config, key, 0) or 0) > 1 for key in experts) and name not in MIXTURES:
         return False, (
@@ -25,7 +29,7 @@ def available(hf_config, max_length: int | None = None) -> tuple[bool, str]:
     if kinds or name in ("mamba", "mamba2", "rwkv", "recurrent_gemma"):
         kind = ", ".join(sorted(kinds)) or "recurrent layers"
         return False, f"{name} has {kind.replace('_', ' ')}, which the packed engine does not support."
-    if getattr(config, "use_bidirectional_attention", False):
+    if getattr(config, "use_bidirectional_attention", None) not in (None, False, "vision"):  # text stays causal there
         return False, f"{name} uses bidirectional attention, which the packed engine does not support."
     rope = getattr(config, "rope_parameters", None) or {}
     ropes = [rope] if "rope_type" in rope else [r for r in rope.values() if isinstance(r, dict)]
@@ -40,12 +44,6 @@ def available(hf_config, max_length: int | None = None) -> tuple[bool, str]:
             )
     if not ropes:
         return False, f"{name} has no rotary position embeddings, which the packed engine needs."
-    try:
-        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    except KeyError:
-        return False, f"transformers has no causal language model for {name}."
     if not getattr(model_class, "_supports_attention_backend", False):
         return False, f"{name} has its own attention implementation, which the packed engine cannot replace."
     return True, ""

@@ -24,6 +24,14 @@ def write_both(folder: Path, base: Path) -> None:
     file.write_text(json.dumps(merged, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def carry_processor(folder: Path, base: Path) -> None:
+    """What readers of a model that also takes images need beside its weights, without keys that choose code."""
+    for name in model_gate.PROCESSOR:
+        if (base / name).is_file():
+            kept = model_gate.clean(model_gate.read_object(base / name), [])
+            (folder / name).write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def both(config: dict) -> dict:
     """A configuration with the keys of transformers 4 beside those of 5, in every part of it."""
     found = {key: both(value) if key.endswith("_config") and isinstance(value, dict) else value

@@ -20,7 +20,7 @@ from pathlib import Path
 from kto_core.errors import ExportError, HardwareError, ModelError, first_line
 from kto_core.guards.child import tell
 
-from .config_keys import write_both
+from .config_keys import carry_processor, write_both
 
 FACTS = "export.json"  # in the merged folder: what it was made of
 SEED = 3407
@@ -73,7 +73,6 @@ def merge(base: str, adapter: str, part: str, public_base: str, facts: dict) -> 
 def _load_plain(base: str):
     """The base on the CPU without quantization, in the dtype it was saved in."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     from kto_core.models import facts as model_info
     from kto_core.models import gpt_oss
@@ -93,7 +92,7 @@ def _load_plain(base: str):
             "bitsandbytes 4-bit model to export it, or share only the adapter."
         )
     try:
-        model = models.load_whole(AutoModelForCausalLM, Path(base), **how)
+        model = models.load_whole(Path(base), **how)
         if quantized == "bitsandbytes":
             model = model.dequantize()
         if model.config.model_type == "gpt_oss":
@@ -207,6 +206,7 @@ def _save(model, base: str, folder: Path, public_base: str) -> None:
     finally:
         done.set()
     write_both(folder, Path(base))
+    carry_processor(folder, Path(base))
     save_tokenizer(models.load_tokenizer(base), folder)
     for file in folder.iterdir():
         os.chmod(file, 0o644)  # safetensors writes 0600: others could not read what is shared

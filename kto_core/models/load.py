@@ -20,13 +20,13 @@ from kto_core.jobs import Progress, no_progress
 from . import adapter_gate, model_gate, trial
 from .facts import DEMO, local_folder, model_facts, public_name, resolve_model, tokenizer_folder
 from .hub_files import cached_folder
-from .model_fit import build, require_fit, unused
+from .language.part import auto_class
+from .language.targets import excluded
+from .model_fit import bare, require_fit, unused
 from .tokenizer import open_tokenizer
 
 if TYPE_CHECKING:
     from kto_core.config.run_config import RunConfig
-
-EXPERTS = r".*\.experts\..*"  # their modules, whatever the architecture calls them
 
 
 def load_tokenizer(name: str, progress: Progress = no_progress, cancel: threading.Event | None = None):
@@ -87,8 +87,10 @@ def load_base(
 
     from kto_core.hardware.gpus import prepare
 
+    from .language.towers import leave_out_towers
+
     transformers_ready()
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig
     from transformers.utils import logging as transformers_logging
 
     prepare()
@@ -116,7 +118,7 @@ def load_base(
     progress(None, f"Loading {config.model}…")
     transformers_logging.disable_progress_bar()
     try:
-        model = load_whole(AutoModelForCausalLM, folder, **kwargs)
+        model = load_whole(folder, **kwargs)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as e:
         if is_out_of_memory(e):
             raise at_loading(config.model) from e
@@ -133,6 +135,7 @@ def load_base(
                 module.compute_dtype = dtype
     if for_training:
         keep_weights_trainable(model)
+    leave_out_towers(model)
     model.config.use_cache = not for_training
     model.config._name_or_path = model.name_or_path = public_name(config.model)
     model.train(for_training)
@@ -176,19 +179,15 @@ def without_weights(config: RunConfig, folder: Path):
     """
     import torch
 
-    from . import gpt_oss
-
     transformers_ready()
     from peft import get_peft_model
 
     require_trainable(config, folder)
-    layout = partial(gpt_oss.layout, folder) if model_facts(str(folder)).model_type == "gpt_oss" else None
-    with one_model_at_a_time:
-        _, model = build(folder, layout or contextlib.nullcontext)
+    model = bare(folder)
     if config.adapter:
         return model
     with clear_errors(config), torch.device("meta"):
-        return get_peft_model(model, lora_config(config))
+        return get_peft_model(model, lora_config(config, model))
 
 
 @contextlib.contextmanager
@@ -218,8 +217,10 @@ def keep_weights_trainable(model) -> None:
             weight.data, weight.quant_state = unpack(weight.data, weight.quant_state)
 
 
-def load_whole(kind, folder: Path, **kwargs):
-    """``kind.from_pretrained``, with every weight of the model in the checkpoint."""
+def load_whole(folder: Path, **kwargs):
+    """The model in ``folder``, whose checkpoint has every weight of it. ``kwargs``: as for ``from_pretrained``."""
+    from transformers import AutoConfig
+
     from . import gpt_oss
 
     ours = model_facts(str(folder)).model_type == "gpt_oss"
@@ -228,10 +229,11 @@ def load_whole(kind, folder: Path, **kwargs):
     layout = partial(gpt_oss.layout, folder) if ours else contextlib.nullcontext
     with one_model_at_a_time:
         require_fit(folder, layout)
-    for attention in (gpt_oss.ATTENTION,) if ours else _attentions(folder):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    for attention in (gpt_oss.ATTENTION,) if ours else _attentions(config):
         try:
             with one_model_at_a_time, layout():
-                model, info = kind.from_pretrained(
+                model, info = auto_class(config).from_pretrained(
                     folder, attn_implementation=attention, output_loading_info=True, **kwargs
                 )
             break
@@ -252,13 +254,10 @@ def load_whole(kind, folder: Path, **kwargs):
     return model
 
 
-def _attentions(folder: Path) -> tuple[str, ...]:
+def _attentions(config) -> tuple[str, ...]:
     """What to try, by transformers' names: SDPA, which leaves a soft cap of the attention's logits out without a word,
     only where the model has none."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
-    return ("eager",) if getattr(config, "attn_logit_softcapping", None) else ("sdpa", "eager")
+    return ("eager",) if getattr(config.get_text_config(), "attn_logit_softcapping", None) else ("sdpa", "eager")
 
 
 def remarks(name: str) -> list[str]:
@@ -269,8 +268,8 @@ def remarks(name: str) -> list[str]:
     return [f"Not used of {name}, because it chooses code: {', '.join(found)}."] if found else []
 
 
-def lora_config(config: RunConfig):
-    """PEFT's LoraConfig of a run. ``all-linear`` leaves experts alone, which are thousands of linear layers.
+def lora_config(config: RunConfig, model):
+    """PEFT's LoraConfig of a run, for layers of ``model``'s language model (`language.targets`).
 
     Raises:
         ConfigError: ``lm_head`` is a target (log-probabilities are computed from its weight: it would never train).
@@ -286,7 +285,7 @@ def lora_config(config: RunConfig):
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=targets if isinstance(targets, str) else names,
-        exclude_modules=EXPERTS if targets == "all-linear" and model_facts(config.model).shape.experts else None,
+        exclude_modules=excluded(model, targets),
         bias="none",
         task_type=TaskType.CAUSAL_LM,
     )
@@ -302,7 +301,7 @@ def add_adapter(model, config: RunConfig):
     from peft import get_peft_model
     from transformers import set_seed
 
-    lora = lora_config(config)
+    lora = lora_config(config, model)
     set_seed(config.seed)
     try:
         return get_peft_model(model, lora, autocast_adapter_dtype=True)

@@ -6,12 +6,16 @@ import contextlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from kto_core.errors import ModelError
+from kto_core.guards.libraries import one_model_at_a_time
 
-from .model_gate import PLAIN, tensor_header, weight_names
+from .language.part import auto_class, decoder_of
+from .model_gate import PLAIN, read_object, tensor_header, weight_names
 
+_ADAPTER = re.compile(r"(^|\.)lora_")
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 MORE_LAYERS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")  # layers that only predict further ahead
 
@@ -23,15 +27,24 @@ def build(folder: Path, layout):
         ModelError: transformers makes no causal language model of it.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with layout(), torch.device("meta"):
-            return config, AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            return config, auto_class(config).from_config(config, trust_remote_code=False)
     except Exception as e:  # configurations are checked by whatever code they reach
         reason = next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)[:300]
         raise ModelError(f"No model can be built from the config.json of {folder.name}: {reason}") from e
+
+
+def bare(folder: Path):
+    """The model whose config.json is in ``folder``, in this project's layout, without weights. Raises like `build`."""
+    from . import gpt_oss
+
+    ours = read_object(folder / "config.json").get("model_type") == "gpt_oss"
+    with one_model_at_a_time:
+        return build(folder, partial(gpt_oss.layout, folder) if ours else contextlib.nullcontext)[1]
 
 
 @dataclass(frozen=True)
@@ -44,7 +57,7 @@ class Reach:
 
     @property
     def sentence(self) -> str:
-        said = f"LoRA adapters on {self.share:.0%} of the model's linear weights."
+        said = f"LoRA adapters on {self.share:.0%} of the language model's linear weights."
         if self.share < self.most - 0.005:
             return f"{said} With target_modules all-linear it is {self.most:.0%}."
         return f"{said} Experts are not trained." if self.most < 0.995 else said
@@ -56,12 +69,13 @@ def reach(model) -> Reach:
 
     base = model.get_base_model()
     head, adapted, linear, experts = base.get_output_embeddings(), 0, 0, 0
-    inside = {id(m.base_layer) for m in base.modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")}
-    for name, module in base.named_modules():
-        if isinstance(module, torch.nn.Linear) and module is not head and ".lora_" not in name:
+    decoder = decoder_of(base)
+    inside = {id(m.base_layer) for m in decoder.modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")}
+    for name, module in decoder.named_modules():
+        if isinstance(module, torch.nn.Linear) and module is not head and not _ADAPTER.search(name):
             size = module.in_features * module.out_features  # 4-bit weights have another shape
             adapted += size if id(module) in inside else 0
-            if ".experts." in name and id(module) not in inside:
+            if "experts" in name.split(".") and id(module) not in inside:
                 experts += size
             else:
                 linear += size

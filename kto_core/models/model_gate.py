@@ -25,6 +25,7 @@ TOKENIZER = (
     "sentencepiece.bpe.model", "tekken.json",
 )  # fmt: skip
 SETTINGS = ("config.json", "generation_config.json")
+PROCESSOR = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")  # for merged models
 CLEANED = (*SETTINGS, "tokenizer_config.json", "special_tokens_map.json")  # keys in these may choose code
 MAX_JSON = 256 * 2**20  # bytes; the largest tokenizer.json known has 35 MB
 CODE_KEYS = frozenset({
@@ -41,7 +42,7 @@ FOREIGN = ("adapter_config.json",)  # an adapter inside a model's folder would b
 
 def wanted(name: str) -> bool:
     """Whether a file of a Hub repository is fetched; its weights are named by `weight_names`."""
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in (*SETTINGS, *TOKENIZER, INDEX))
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in (*SETTINGS, *PROCESSOR, *TOKENIZER, INDEX))
 
 
 # ---- JSON -----------------------------------------------------------------------------------------------------------

@@ -15,6 +15,12 @@ from .model_gate import read_object
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 FFN = ("gate_proj", "up_proj", "down_proj")
+REQUIRED = (
+    ("num_hidden_layers", "n_layer"),
+    ("hidden_size", "n_embd"),
+    ("num_attention_heads", "n_head"),
+    ("vocab_size",),
+)
 FUSED = {"qkv_proj": ATTENTION[:3], "gate_up_proj": FFN[:2]}  # Phi-3 stores several projections as one
 
 
@@ -96,6 +102,16 @@ def decoder_part(config: dict, name: str) -> dict:
     return text
 
 
+def _defaults(kind: str) -> dict:
+    """What transformers takes where a config.json is silent, as Gemma 3's is of its heads; {} for unknown types."""
+    from kto_core.guards.libraries import transformers_ready
+
+    transformers_ready()
+    from transformers import CONFIG_MAPPING
+
+    return CONFIG_MAPPING[kind]().get_text_config().to_dict() if kind in CONFIG_MAPPING else {}
+
+
 def from_config(config: dict, name: str, source: str = "config.json") -> Shape:
     """The Shape that the config.json of model ``name`` describes.
 
@@ -103,6 +119,9 @@ def from_config(config: dict, name: str, source: str = "config.json") -> Shape:
         ModelError: it has not the fields of a decoder-only transformer, or one that makes no sense.
     """
     text = decoder_part(config, name)
+    kind = str(text.get("model_type") or config.get("model_type", ""))
+    if not all(any(key in text for key in keys) for keys in REQUIRED):
+        text = _defaults(kind) | text
 
     def number(*keys: str, default: int | None = None) -> int:
         for key in keys:
@@ -116,9 +135,7 @@ def from_config(config: dict, name: str, source: str = "config.json") -> Shape:
             )
         return default
 
-    kind = str(text.get("model_type") or config.get("model_type", ""))
-    layers, hidden = number("num_hidden_layers", "n_layer"), number("hidden_size", "n_embd")
-    heads = number("num_attention_heads", "n_head")
+    layers, hidden, heads = (number(*keys) for keys in REQUIRED[:3])
     experts = number("num_local_experts", "num_experts", "n_routed_experts", default=0)
     widths = (*(("moe_intermediate_size",) if experts else ()), "intermediate_size", "n_inner")
     return Shape(
@@ -128,7 +145,7 @@ def from_config(config: dict, name: str, source: str = "config.json") -> Shape:
         layers=layers,
         heads=heads,
         kv_heads=number("num_key_value_heads", default=heads),
-        vocabulary=number("vocab_size"),
+        vocabulary=number(*REQUIRED[3]),
         tied=bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", "gemma" in kind))),
         max_position_embeddings=number("max_position_embeddings", "n_positions", default=0) or None,
         head_dim=number("head_dim", default=hidden // heads),

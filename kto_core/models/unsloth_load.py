@@ -29,18 +29,21 @@ def import_first() -> None:
         ) from e
 
 
-def targets(config: RunConfig) -> list[str] | str:
-    """Layers to adapt: of a mixture of experts the attention's, as everywhere here.
+def targets(config: RunConfig) -> list[str]:
+    """Names of the layers to adapt, which it wants one by one; of a mixture of experts the attention's, as everywhere
+    here.
 
     Unsloth would adapt each expert, for gpt-oss-20b with rank 128 by 1.4 billion parameters: 5.3 GiB, and as much for
     their gradients. Where nothing but FFN projections is asked for, experts are meant.
     """
-    from .facts import model_facts
+    from .facts import local_folder, model_facts
+    from .language.targets import suffixes
+    from .model_fit import bare
     from .shape import ATTENTION, FFN
 
     chosen = config.target_modules
     if not model_facts(config.model).shape.experts:
-        return chosen
+        return suffixes(bare(local_folder(config.model))) if isinstance(chosen, str) else chosen
     if isinstance(chosen, str):
         return list(ATTENTION)
     return [n for n in chosen if n.rpartition(".")[2] not in FFN] or chosen

@@ -108,7 +108,7 @@ def _load(run: RunContext, decision: Decision) -> tuple:
     watch.check()
     if config.adapter:
         return models.load_adapter(model, config.adapter, trainable=True), None
-    return model, models.lora_config(config)
+    return model, models.lora_config(config, model)
 
 
 def _arguments(run: RunContext, decision: Decision):

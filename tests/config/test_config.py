@@ -21,7 +21,6 @@ CONTRACT = {  # preset: batch, accumulation, r, alpha, beta, max length
     "13b": (2, 16, 64, 128, 0.1, 2048),
     "20b": (4, 8, 128, 256, 0.05, 4096),
 }
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def problems(preset="demo", **overrides) -> list[str]:
@@ -41,7 +40,7 @@ def test_shipped_preset(name):
         "cosine", 0.1, "adamw_8bit", 3407, 1.0
     )  # fmt: skip
     assert (c.desirable_weight, c.undesirable_weight) == (1, 1)
-    assert c.target_modules == PROJECTIONS
+    assert c.target_modules == "all-linear"
     assert (c.bnb_4bit_quant_type, c.bnb_4bit_use_double_quant, c.gradient_checkpointing) == ("nf4", True, "auto")
     if name == "demo":
         assert (c.model, c.load_in_4bit, c.learning_rate) == ("demo", False, 1e-4)

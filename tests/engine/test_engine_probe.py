@@ -25,7 +25,7 @@ def engine_of(architecture="qwen2", dtype=torch.bfloat16, **extra):
     return Engine(get_peft_model(model.to(dtype), oracle.lora()))
 
 
-@pytest.mark.parametrize("architecture", oracle.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", oracle.SERVED)
 def test_the_right_pass_is_accepted_in_half_precision(architecture):
     probe.check_head_and_attention(engine_of(architecture), PROMPT)
 

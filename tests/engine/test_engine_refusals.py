@@ -66,9 +66,9 @@ def test_keys_and_values_that_are_not_the_models_are_refused(tmp_path, tokenizer
         packed(tmp_path, tokenizer, dataset(8), model)
 
 
-@pytest.mark.parametrize("architecture", oracle.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", oracle.SERVED)
 def test_available(architecture):
-    assert available(oracle.base_model(architecture).config) == (True, "")
+    assert available(oracle.config_of(architecture)) == (True, "")
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,8 @@ def test_available(architecture):
         ("mamba", {}, "linear attention"),
         ("t5", {}, "encoder-decoder"),
         ("gpt2", {}, "rotary"),
-        ("gemma3", {}, "images"),
+        ("qwen3_5", {}, "linear attention"),
+        ("whisper", {}, "encoder-decoder"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "position"),
     ],
 )

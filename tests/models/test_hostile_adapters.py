@@ -21,7 +21,8 @@ def made_adapter(tiny_model, tmp_path_factory) -> Path:
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
-    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), model.lora_config(settings)).save_pretrained(out)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    get_peft_model(base, model.lora_config(settings, base)).save_pretrained(out)
     return out
 
 

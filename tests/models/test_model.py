@@ -170,7 +170,7 @@ def test_adapters(tiny, tmp_path):
         assert torch.equal(again(ids).logits, adapted(ids).logits)
 
     with pytest.raises(ConfigError, match="lm_head"):
-        load.lora_config(settings.model_copy(update={"target_modules": ["q_proj", "lm_head"]}))
+        load.lora_config(settings.model_copy(update={"target_modules": ["q_proj", "lm_head"]}), base)
     with pytest.raises(ModelError, match="target_modules"):
         load.add_adapter(
             load.load_base(settings, for_training=True), settings.model_copy(update={"target_modules": ["nope"]})

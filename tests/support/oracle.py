@@ -1,6 +1,7 @@
 """KTO by its formulas, in float64, one row at a time and one token at a time: what the engine is checked against.
 
-Written from the papers (KTO, arXiv 2402.01306; APO, arXiv 2408.06266), with nothing from the code under test.
+Written from the papers (KTO, arXiv 2402.01306; APO, arXiv 2408.06266). Its formulas use nothing from the code under
+test; the small models below are made as a run makes them.
 """
 
 import math
@@ -8,7 +9,9 @@ import math
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+from kto_core.models.language.towers import leave_out_towers
 
 
 def sigmoid(x: float) -> float:
@@ -110,12 +113,74 @@ ARCHITECTURES = {
     "olmo2": ("olmo2", {}),
     "gpt_oss": ("gpt_oss", {**SLIDING, "num_local_experts": 4, "num_experts_per_tok": 2}),
 }
+# models that also take images: type, settings of the language model, settings of the rest
+_TOWER = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28,
+    "patch_size": 14,
+}  # fmt: skip
+_QWEN_TOWER = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64}
+_QWEN2_TOWER = {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2}
+_GEMMA4 = {
+    **SLIDING,
+    "global_head_dim": 32,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+}
+_PER_LAYER = {"vocab_size_per_layer_input": 300, "hidden_size_per_layer_input": 8}
+
+
+def _sections(*sizes):
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": list(sizes)}}
+
+
+WRAPPERS = {
+    "gemma3 with images": ("gemma3", SLIDING, {"vision_config": _TOWER, "mm_tokens_per_image": 4}),
+    "gemma4": ("gemma4", _GEMMA4 | _PER_LAYER | {"num_kv_shared_layers": 0}, {"vision_config": _TOWER}),
+    "gemma4 with shared keys": (
+        "gemma4",
+        {
+            **_GEMMA4, **_PER_LAYER, "num_hidden_layers": 4, "num_kv_shared_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+        {"vision_config": _TOWER},
+    ),
+    "gemma4 unified": ("gemma4_unified", _GEMMA4, {"vision_config": _TOWER | {"mm_embed_dim": 32}}),
+    "mistral3": ("mistral3", {}, {"vision_config": _TOWER | {"head_dim": 16}}),
+    "ministral3": ("mistral3", {"model_type": "ministral3"}, {"vision_config": _TOWER | {"head_dim": 16}}),
+    "qwen2_vl": ("qwen2_vl", _sections(2, 3, 3), {"vision_config": _QWEN2_TOWER}),
+    "qwen2.5_vl": ("qwen2_5_vl", _sections(2, 3, 3), {"vision_config": _QWEN_TOWER}),
+    "qwen3_vl": ("qwen3_vl", _sections(3, 3, 2), {"vision_config": _QWEN_TOWER | {"deepstack_visual_indexes": [0]}}),
+    "internvl": ("internvl", {}, {"vision_config": _TOWER | {"image_size": [28, 28], "patch_size": [14, 14]}}),
+}  # fmt: skip
+_DELTA = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"], "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "rope_parameters": {
+        "rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5
+    },
+}  # fmt: skip
+UNPACKED = {"qwen3.5": ("qwen3_5", _DELTA, {"vision_config": _QWEN_TOWER})}  # trained by TRL's step
+SERVED = [*ARCHITECTURES, *WRAPPERS]
+
+
+def config_of(architecture, **extra):
+    """transformers' config of a small model; ``extra``: settings of its language model."""
+    if architecture in ARCHITECTURES:
+        model_type, settings = ARCHITECTURES[architecture]
+        return AutoConfig.for_model(model_type, **{**SIZES, **settings, **extra})
+    model_type, settings, rest = (WRAPPERS | UNPACKED)[architecture]
+    inner = AutoConfig.for_model(model_type).get_text_config().model_type
+    return AutoConfig.for_model(model_type, text_config={"model_type": inner, **SIZES, **settings, **extra}, **rest)
 
 
 def base_model(architecture="llama", **extra):
-    model_type, settings = ARCHITECTURES[architecture]
-    config = AutoConfig.for_model(model_type, **{**SIZES, **settings, **extra})
+    """A small model with random weights; of one that takes images what the product keeps of it."""
+    config = config_of(architecture, **extra)
     torch.manual_seed(0)
+    if architecture in WRAPPERS:
+        model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager")
+        leave_out_towers(model)
+        return model
+    settings = ARCHITECTURES[architecture][1]
     # "eager" is each architecture's own, complete attention (SDPA leaves out Gemma 2's softcap)
     experts = {"experts_implementation": "eager"} if "num_local_experts" in settings else {}  # the others lack float64
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager", **experts)

@@ -75,6 +75,26 @@ def make_other(folder: Path, tiny: Path, model_type: str, **settings) -> Path:
     return folder
 
 
+def make_wrapper(folder: Path, tiny: Path, architecture: str) -> Path:
+    """A random model that also takes images (`oracle.WRAPPERS`), all of it, with the tokenizer of ``tiny``."""
+    import shutil
+
+    import torch
+
+    from kto_core.guards.libraries import transformers_ready
+
+    transformers_ready()
+    from transformers import AutoModelForImageTextToText
+
+    from tests.support import oracle
+
+    shutil.copytree(tiny, folder)
+    (folder / "model.safetensors").unlink()
+    torch.manual_seed(0)
+    AutoModelForImageTextToText.from_config(oracle.config_of(architecture)).save_pretrained(folder)
+    return folder
+
+
 def tiny_cache(folder: Path, demo: Path) -> Path:
     """A cache folder whose demo model is the one of `make_tiny`."""
     from kto_core.models import demo_model as maker

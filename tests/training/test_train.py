@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from kto_core.errors import DataError
+from kto_core.models.shape import ATTENTION, FFN
 from kto_core.planning.dry_run import dry_run
 from kto_core.training.train import train
 from tests.support.trained import run, weights
@@ -234,26 +235,27 @@ def test_four_bits_in_half_precision_pass_the_comparison(tiny, data, tmp_path, m
 def test_plan_and_log_say_what_share_of_the_weights_trains(tiny, data, tmp_path):
     """Phi-3 holds q, k, v in one layer and gate, up in another, which the usual names miss without a word."""
     folder = make_other(tmp_path / "phi3", tiny, "phi3")
-    plan = dry_run(resolved(folder, data).config)
+    seven = {"target_modules": [*ATTENTION, *FFN]}
+    plan = dry_run(resolved(folder, data, **seven).config)
     attention, ffn = 64 * 64, 128 * 64  # o_proj, down_proj; beside qkv_proj of twice and gate_up_proj of twice the size
     expected = (attention + ffn) / (attention + 64 * (64 + 2 * 32) + 3 * ffn)
     assert plan["adapter"]["share"] == pytest.approx(expected, abs=1e-3) and not plan["problem"]
     assert "With target_modules all-linear it is 100%." in plan["adapter"]["says"]
-    ended = run(folder, data, tmp_path / "run", max_steps=1)
+    ended = run(folder, data, tmp_path / "run", max_steps=1, **seven)
     assert plan["adapter"]["says"] in [e["text"] for e in ended.logs], ended.error
 
-    whole = dry_run(resolved(folder, data, target_modules="all-linear").config)
-    assert whole["adapter"] == {"share": 1.0, "says": "LoRA adapters on 100% of the model's linear weights."}
+    whole = dry_run(resolved(folder, data).config)
+    assert whole["adapter"] == {"share": 1.0, "says": "LoRA adapters on 100% of the language model's linear weights."}
 
 
 def test_a_dry_run_refuses_what_the_run_refuses(tiny, data, tmp_path):
-    """mistral3 is no causal language model to transformers: its weights were planned for, and never loaded."""
+    """A Q-Former's text model is no causal language model to transformers, whatever its config.json says of sizes."""
     from transformers import AutoConfig
 
     folder = shutil.copytree(tiny, tmp_path / "wrapper")
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
              "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512}  # fmt: skip
-    AutoConfig.for_model("mistral3", text_config={"model_type": "mistral", **sizes}).save_pretrained(folder)
+    AutoConfig.for_model("clip_text_model", **sizes).save_pretrained(folder)
     for settings in ({"model": folder}, {"model": tiny, "target_modules": ["nothing_proj"]}):
         plan = dry_run(resolved(data=data, **settings).config)
         ended = run(data=data, folder=tmp_path / settings["model"].name, max_steps=1, **settings)

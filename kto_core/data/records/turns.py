@@ -21,7 +21,7 @@ _PLAIN = {"role", "content"}
 _THOUGHT_PARTS = ("thinking", "reasoning")
 _SEEN = ("image", "image_url", "input_image", "video", "video_url", "audio", "input_audio", "audio_url")  # parts
 
-NEEDS_EYES = "images, video or sound, which need a model that sees or hears"
+NEEDS_EYES = "images, video or sound, and training uses text only"
 NOT_UTF8 = "not valid UTF-8"
 
 

@@ -10,6 +10,8 @@ import copy
 
 import torch
 
+from kto_core.hardware.out_of_memory import is_out_of_memory
+
 from . import lean, sharding
 
 LEAST, MOST = 2, 4  # layers
@@ -34,7 +36,7 @@ def kinds(layers: list) -> list[int]:
 
 def copied(engine, ids: torch.Tensor, device: torch.device):
     """The copy, in train mode on ``device``, and its own ids of the tokens ``ids``. None where a layer's weights are
-    divided over processes or in a format that is not known here.
+    divided over processes or in a format that is not known here, or a model of fewer layers does not run.
 
     Args:
         engine: the `step.Engine` of the model. ids: int64 ``[n]``.
@@ -53,14 +55,29 @@ def copied(engine, ids: torch.Tensor, device: torch.device):
     for module in modules:
         if type(module).__name__ == "Linear4bit":
             memo[id(module)] = _dense(module, device)
-    ends = [causal.get_input_embeddings(), causal.get_output_embeddings()]
+    tables = [m for m in engine.decoder.modules() if isinstance(m, torch.nn.Embedding) and m.num_embeddings > rows[-1]]
+    ends = [*tables, causal.get_output_embeddings()]
     for tensor in (t for end in ends for t in (end.weight, getattr(end, "bias", None)) if t is not None):
         part = tensor.detach()[rows.to(tensor.device)]
         memo[id(tensor)] = torch.nn.Parameter(part, requires_grad=False)  # tied ones stay tied
     small = copy.deepcopy(causal, memo)
     _shorten(small, causal, layers)
     small._apply(lambda t: t.to(device, torch.float32 if t.dtype in NARROW else t.dtype))
-    return small.train(), places[: len(ids)].to(device)
+    own = places[: len(ids)].to(device)
+    return (small.train(), own) if _runs(small, own) else None
+
+
+@torch.no_grad()
+def _runs(small, ids: torch.Tensor) -> bool:
+    """Whether the model's own forward takes fewer layers: not where layers share weights or keys with others."""
+    try:
+        with torch.autocast(ids.device.type, enabled=False):
+            small(input_ids=ids[None, :2], use_cache=False)
+    except (RuntimeError, KeyError, IndexError, AttributeError, TypeError) as e:
+        if is_out_of_memory(e):
+            raise
+        return False
+    return True
 
 
 def _kind(layer) -> str:

@@ -229,7 +229,8 @@ class _Projection(torch.autograd.Function):
             out = F.linear(rows, dense(base, x.dtype), bias)
             if a is not None:
                 out.addmm_(rows @ a.to(x.dtype).t(), b.to(x.dtype).t(), alpha=scale)
-        return out.view(*x.shape[:-1], -1)
+        # no view to autograd: what comes after may write into it
+        return torch.ops.aten._unsafe_view(out, [*x.shape[:-1], out.shape[-1]])
 
     @staticmethod
     def backward(ctx, grad):

@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from kto_core.engine.packing.passes import chunk_tokens
+from kto_core.models.language.part import decoder_name, decoder_of
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,15 @@ def _measured_scale(model) -> float:
         plain = linear(hidden).double()
         hidden = hidden * (0.02 / float(plain.std()))  # far below any soft cap
         plain = linear(hidden).double().flatten()
-        name = model.base_model_prefix
-        decoder = getattr(model, name)
-        model._modules[name] = _Instead(decoder, hidden)
+        decoder = decoder_of(model)
+        parent, _, name = decoder_name(model).rpartition(".")
+        around = model.get_submodule(parent)
+        around._modules[name] = _Instead(decoder, hidden)
         try:
-            given = model(inputs_embeds=hidden, use_cache=False).logits.double().flatten()
+            ids = torch.ones(1, 1, dtype=torch.long, device=weight.device)  # wrappers look for tokens of images
+            given = model(input_ids=ids, use_cache=False).logits.double().flatten()
         finally:
-            model._modules[name] = decoder
+            around._modules[name] = decoder
     found = float(given @ plain / (plain @ plain))
     numbers = [v for v in vars(config).values() if isinstance(v, int | float) and not isinstance(v, bool) and v > 0]
     known = [1.0, *(float(v) for v in numbers), *(1.0 / v for v in numbers)]
@@ -80,12 +83,18 @@ class _Instead(torch.nn.Module):
 
     def __init__(self, decoder, hidden):
         super().__init__()
-        self.__dict__["decoder"], self.hidden = decoder, hidden
+        self.__dict__["decoder"], self.__dict__["hidden"] = decoder, hidden
+        self.register_parameter("place", torch.nn.Parameter(hidden, requires_grad=False))  # tells wrappers the device
 
     def forward(self, *_, **__):
-        from transformers.modeling_outputs import MoeModelOutputWithPast
+        from transformers.modeling_outputs import BaseModelOutputWithPast
 
-        return MoeModelOutputWithPast(last_hidden_state=self.hidden)
+        class Answer(BaseModelOutputWithPast):
+            def __getattr__(self, name):  # what a wrapper hands on
+                if name.startswith("__"):
+                    raise AttributeError(name)
+
+        return Answer(last_hidden_state=self.hidden)
 
     def __getattr__(self, name):
         return getattr(self.__dict__["decoder"], name)

@@ -52,11 +52,12 @@ def divide(model, device: torch.device, mesh) -> None:
     from torch.distributed.fsdp import fully_shard
     from transformers.modeling_layers import GradientCheckpointingLayer
 
+    from kto_core.models.language.part import decoder_of
     from kto_core.models.load import keep_weights_trainable
 
     keep_weights_trainable(model)
     model.requires_grad_(False)
-    decoder = getattr(model, model.base_model_prefix)
+    decoder = decoder_of(model)
     layers = [m for m in decoder.modules() if isinstance(m, GradientCheckpointingLayer)]
     inside = {id(m) for layer in layers for m in layer.modules()}
     for module in model.modules():

@@ -102,7 +102,6 @@ def answers(merged: str, tokenizer, question: str, length: int) -> list[dict]:
     """
     import psutil
     import torch
-    from transformers import AutoModelForCausalLM
 
     from kto_core.errors import HardwareError
     from kto_core.models.load import load_whole
@@ -116,7 +115,7 @@ def answers(merged: str, tokenizer, question: str, length: int) -> list[dict]:
         )
     dtype = torch.float32 if 2 * size * MEMORY < free else "auto"
     tell(None, "Loading the merged model…")
-    model: Any = load_whole(AutoModelForCausalLM, Path(merged), dtype=dtype, use_safetensors=True)
+    model: Any = load_whole(Path(merged), dtype=dtype, use_safetensors=True)
     found, asked = [], [question, *(q for q in QUESTIONS if q != question)]
     for i, prompt in enumerate(asked):
         tell(i / len(asked), f"The merged model answers: {i + 1} of {len(asked)}")

@@ -1,0 +1,1 @@
+"""The language model inside a model: where it is, what of it LoRA adapts."""
