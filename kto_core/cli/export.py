@@ -7,6 +7,7 @@ from pathlib import Path
 
 from kto_core.errors import ExportError
 from kto_core.export import publish
+from kto_core.paths import is_hub_id
 from kto_core.plain_text import one_line
 
 from . import output
@@ -60,6 +61,7 @@ def add(commands: argparse._SubParsersAction, argv: list[str]) -> None:
         help=f"comma-separated: {', '.join(WHAT)} (default: adapter)",
     )
     push.add_argument("--public", action="store_true", help="make the repository public")
+    push.add_argument("--base", metavar="M", help="Hub id of the base model, if the run has it in a folder; kept")
 
 
 def _action(actions, name: str, text: str, fn) -> argparse.ArgumentParser:
@@ -98,7 +100,11 @@ def run_gguf(args: argparse.Namespace) -> int:
     run = _found(args.name)
     if args.no_check:
         files = _long(export.gguf, run, args.quant)
-        made = [{"path": p, "bytes": p.stat().st_size, "modelfile": export.modelfile(run, p)} for p in files]
+        made = []
+        for path in files:
+            written = export.modelfile(run, path)
+            made.append({"path": path, "bytes": path.stat().st_size, "modelfile": written.path,
+                         "remarks": written.remarks})  # fmt: skip
     else:
         made = _long(export.gguf_and_check, run, args.quant)
     good = all(m.get("check", {}).get("ok", True) for m in made)
@@ -109,6 +115,8 @@ def run_gguf(args: argparse.Namespace) -> int:
         output.show(f"{m['path']}  {m['bytes'] / 1e6:,.0f} MB")
         if "check" in m:
             output.show(checked(m["check"]))
+    for remark in dict.fromkeys(r for m in made for r in m["remarks"]):
+        output.say(f"Ollama: {remark}")
     if good:
         output.say(f"To use it in Ollama: ollama create NAME -f {made[-1]['modelfile']}")
     return output.OK if good else output.FAILED
@@ -154,7 +162,9 @@ def gguf_files(run, quants: list[str] | None = None) -> list[Path]:
 
 
 def run_push(args: argparse.Namespace) -> int:
-
-    url = _long(publish.push, _found(args.name), args.repo, what=args.what, private=not args.public)
+    run = _found(args.name)
+    url = _long(publish.push, run, args.repo, what=args.what, private=not args.public, base=args.base)
+    if not is_hub_id(base := publish.public_base(run)):
+        output.say(f"Others cannot find the base model {base}. Say its Hub id: --base owner/name")
     output.emit({"url": url, "private": not args.public}) if args.json else output.show(url)
     return output.OK

@@ -160,6 +160,7 @@ def summary(run) -> dict:
         "steps": state.step,
         "margin": state.latest("rewards/margins"),
         "seconds": state.seconds or None,
+        "remarks": view.remarks(run.path),
         "made": (["merged model"] if merged(run.path) else []) + [Path(m).name for m in made],
     }
 

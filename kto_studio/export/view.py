@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from kto_core.errors import ExportError
+from kto_core.export import sources
 from kto_core.jobs import duration
 from kto_studio.shared.prose import note
 
@@ -97,7 +98,24 @@ def facts(summary: dict) -> str:
     if summary.get("seconds"):
         parts.append(f"trained for {duration(summary['seconds'])}")
     made = ", ".join(html.escape(m) for m in summary.get("made", []))
-    return f'<div class="note">{" · ".join(parts)}<br>Created so far: {made or "only the adapter"}.</div>'
+    about = f'<div class="note">{" · ".join(parts)}<br>Created so far: {made or "only the adapter"}.</div>'
+    return about + ollama(summary.get("remarks", []))
+
+
+def ollama(remarks: list[str]) -> str:
+    """What Ollama does otherwise than the model's own chat template, as a list that opens."""
+    if not remarks:
+        return ""
+    rows = "".join(f"<li>{html.escape(r)}</li>" for r in remarks)
+    count = "1 remark" if len(remarks) == 1 else f"{len(remarks)} remarks"
+    return f'<details class="note" id="export-remarks"><summary>Ollama: {count}</summary><ul>{rows}</ul></details>'
+
+
+def remarks(folder: Path) -> list[str]:
+    """The remarks on all Modelfiles of a run, each once."""
+    known = sources.records(folder / "exports" / "gguf").values()
+    found = [r for entry in known if isinstance(entry, dict) for r in entry.get("remarks") or [] if isinstance(r, str)]
+    return list(dict.fromkeys(found))
 
 
 def nothing() -> str:

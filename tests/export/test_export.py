@@ -196,12 +196,14 @@ def test_a_verdict_is_kept_and_a_failed_one_exits_with_1(exported, monkeypatch, 
 
 
 def test_modelfile_lies_beside_its_file(exported):
-    path = export.modelfile(exported.run, exported.files["q4_k_m"])
-    text = path.read_text()
+    written = export.modelfile(exported.run, exported.files["q4_k_m"])
+    path, text = written.path, written.path.read_text()
     assert path.name == "Modelfile-q4_k_m" and path.parent == exported.files["q4_k_m"].parent
     assert "\nFROM ./SmolLM2-135M-Instruct-kto-q4_k_m.gguf\n" in text
-    assert '\nTEMPLATE """{{ if .System }}<|im_start|>system\n{{ .System }}<|im_end|>\n' in text
-    assert 'PARAMETER stop "<|im_end|>"' in text and "differently" not in text
+    assert '\nTEMPLATE """{{ if $.System }}<|im_start|>system\n{{ $.System }}<|im_end|>\n' in text
+    assert 'PARAMETER stop "<|im_end|>"' in text and written.remarks == []
+    assert "\nPARAMETER num_ctx 4096\n" in text and '\nLICENSE """apache-2.0"""\n' in text
+    assert sources.records(path.parent)[exported.files["q4_k_m"].name]["remarks"] == []
 
 
 def test_check_refuses_what_is_no_gguf(exported, tmp_path):
