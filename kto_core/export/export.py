@@ -24,8 +24,8 @@ from kto_core.models.adapter_gate import require_adapter
 from kto_core.runs.locks import only_one
 
 from .checks import require_disk, require_memory
+from .gguf import comparing, header, proof, writing
 from .gguf import converter as converters
-from .gguf import header, proof, writing
 from .hub import origin
 from .merging import F16_MAX
 from .ollama.modelfile import Modelfile
@@ -104,7 +104,7 @@ def gguf(run, quants, *, progress: Progress = no_progress, cancel: threading.Eve
     """GGUF files of the run in ``exports/gguf``; merged first if need be.
 
     Args:
-        quants: of f16, q8_0, q5_k_m, q4_k_m, in any case; a list or one comma-separated text.
+        quants: of `gguf.writing.QUANTS`, in any case; a list or one comma-separated text.
 
     Returns:
         The files, in the order of `gguf.writing.QUANTS`.
@@ -137,7 +137,8 @@ def make_gguf(run, names: list[str], progress: Progress, cancel, sources: Source
 
     converters.require_convertible(facts.architecture, converters.converter(part_of(progress, 0.02, 0.1), cancel))
     have_f16 = sources.gguf_is_fresh(paths["f16"])
-    need = sum(writing.QUANTS[q] for q in todo) + (0 if have_f16 or "f16" in todo else writing.QUANTS["f16"])
+    rows = facts.shape.hidden, facts.shape.intermediate
+    need = sum(writing.per_weight(q, *rows) for q in todo) + (0 if have_f16 or "f16" in todo else writing.QUANTS["f16"])
     if not sources.merge_is_fresh(progress, cancel):
         need += 2.0
     require_disk(run.path, need * facts.parameters, "Merged model and GGUF files")
@@ -146,7 +147,7 @@ def make_gguf(run, names: list[str], progress: Progress, cancel, sources: Source
     made_of = merged_facts(merged)
     overflow = made_of.get("largest", 0.0) > F16_MAX
     if overflow and "f16" in todo:
-        raise ExportError("Some weights of this model exceed the range of f16. Choose q8_0, q5_k_m or q4_k_m instead.")
+        raise ExportError("Some weights of this model exceed the range of f16. Choose another type.")
     title = f"{origin.base_name(config.model).rpartition('/')[2]} KTO"
     keep_f16 = have_f16 or "f16" in todo
     # what the others are made from; without ".gguf" at its end nobody takes it for a result
@@ -222,6 +223,31 @@ def check_gguf(path, prompt: str, *, progress: Progress = no_progress, cancel: t
     )
     if entry:
         note(path, check={k: found[k] for k in ("ok", "problems", "agreement")})
+    return found
+
+
+def compare(
+    run, paths, question: str = QUESTION, *, progress: Progress = no_progress, cancel: threading.Event | None = None
+) -> list[dict]:
+    """Size, agreement, KL divergence and speed of GGUF files of a run, and which one we would take; the smallest last.
+
+    Returns:
+        As `gguf.comparing.compare`.
+
+    Raises:
+        ExportError: no file, the merged model they were made from is not there, or llama.cpp does not run one.
+        Cancelled: ``cancel`` was set.
+    """
+    merged = run.path / "exports" / "merged"
+    key = merged_facts(merged).get("source")
+    made = [path for path in map(Path, paths) if key and records(path.parent).get(path.name, {}).get("source") == key]
+    if not made:
+        raise ExportError(
+            f"Run {run.id} has no GGUF files to compare with its merged model. Create them first: export gguf {run.id}."
+        )
+    made.sort(key=lambda path: -path.stat().st_size)
+    found = comparing.compare(made, question, merged=merged, key=str(key), progress=progress, cancel=cancel)
+    progress(1.0, "Compared.")
     return found
 
 

@@ -8,14 +8,19 @@ from pathlib import Path
 
 from kto_core.errors import ExportError
 from kto_core.export import sources
+from kto_core.export.gguf import writing
 from kto_core.jobs import duration
 from kto_studio.shared.prose import note
 
-QUANTS = (  # id, label, bytes a weight
-    ("q4_k_m", "q4_k_m (small, recommended)", 0.61),
-    ("q5_k_m", "q5_k_m (slightly better, slightly larger)", 0.72),
-    ("q8_0", "q8_0 (close to the original)", 1.07),
-    ("f16", "f16 (original precision)", 2.0),
+QUANTS = (  # id, label
+    ("q4_k_m", "q4_k_m (small, recommended)"),
+    ("q5_k_m", "q5_k_m (slightly better, slightly larger)"),
+    ("q6_k", "q6_k (better still)"),
+    ("q8_0", "q8_0 (close to the original)"),
+    ("f16", "f16 (original precision)"),
+    ("iq4_xs", "iq4_xs (smaller than q4_k_m, slower on a processor)"),
+    ("q3_k_m", "q3_k_m (small, noticeably less accurate)"),
+    ("q2_k", "q2_k (smallest, for large models only)"),
 )
 WHAT = (("Adapter", "adapter"), ("Merged model", "merged"), ("GGUF files", "gguf"))
 DOWNLOADS = 12  # buttons on the page
@@ -58,14 +63,16 @@ def size(count: float) -> str:
     return f"{count:.0f} B"
 
 
-def needed(parameters: float | None, quants: list[str], merged_is_there: bool) -> float | None:
-    """Bytes that merge and conversion write: the merged model, an f16 GGUF on the way, and what was asked for."""
+def needed(parameters: float | None, quants: list[str], merged_is_there: bool, *widths: int) -> float | None:
+    """Bytes that merge and conversion write: the merged model, an f16 GGUF on the way, and what was asked for.
+
+    ``widths``: weights in a row of the model, where that is known.
+    """
     if not parameters:
         return None
-    per_weight = {name: factor for name, _, factor in QUANTS}
     total = 0.0 if merged_is_there else 2.0
     if quants:
-        total += 2.0 + sum(per_weight.get(q, 2.0) for q in quants if q != "f16")
+        total += 2.0 + sum(writing.per_weight(q, *widths) for q in quants if q != "f16")
     return parameters * total
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from kto_core.errors import ExportError, ModelError
@@ -31,8 +31,8 @@ class Facts:
     eos_text: str
     add_bos: bool  # llama.cpp and Ollama put a BOS before the text
     pre: str
-    context: int | None  # tokens that the model was made for
-    sampling: dict[str, float | int]  # the model's own, by llama.cpp's names
+    context: int | None = None  # tokens that the model was made for
+    sampling: dict[str, float | int] = field(default_factory=dict)  # the model's own, by llama.cpp's names
 
 
 def read_facts(path: str | os.PathLike) -> Facts:

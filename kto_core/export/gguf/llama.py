@@ -61,6 +61,10 @@ class Cyllama:
     def next(self, token: int) -> int:
         return self.first([token])
 
+    def logits(self):
+        """Of the place that `first` or `next` came to: one number for each token."""
+        return self.context.get_logits_ith(-1)
+
     def forget(self) -> None:
         """What comes next is another text."""
         self.context.kv_cache_clear()
@@ -97,6 +101,11 @@ class LlamaCppPython:
 
     def next(self, token: int) -> int:
         return self.first([token])
+
+    def logits(self):
+        """Of the place that `first` or `next` came to: one number for each token."""
+        found = self.native.llama_get_logits_ith(self.model.ctx, -1)
+        return found[: self.model.n_vocab()]
 
     def forget(self) -> None:
         """What comes next is another text."""

@@ -45,7 +45,7 @@ def prove(
     Raises:
         ExportError: it is no GGUF file, or llama.cpp does not run it. Cancelled: ``cancel`` was set.
     """
-    expected = _reference(path.parent, merged, key, question, part_of(progress, 0.0, 0.4), cancel) if merged else {}
+    expected = reference(path.parent, merged, key, question, part_of(progress, 0.0, 0.4), cancel) if merged else {}
     given = expected.get("answers", [])
     # half: llama.cpp's threads wait for each other at every layer, and one that finds its core busy holds up all
     arguments = {"path": str(path), "prompt": question, "max_tokens": TOKENS, "threads": threads(0.5),
@@ -58,7 +58,7 @@ def prove(
         arguments = {"path": str(path), "merged": str(merged), "kind": kind}
         weights = child.call("export.gguf.tensors", "compare", arguments, what="The comparison of the weights",
                              progress=part_of(progress, 0.8, 1.0), cancel=cancel)  # fmt: skip
-    agreement = _agreement(found.pop("choices"), given)
+    agreement = agreement_of(found.pop("choices"), given)
     checks = [
         _template(found, expected),
         _tokens(found, expected),
@@ -80,7 +80,7 @@ def prove(
     }
 
 
-def _reference(folder: Path, merged: Path, key: str, question: str, progress: Progress, cancel) -> dict:
+def reference(folder: Path, merged: Path, key: str, question: str, progress: Progress, cancel) -> dict:
     """What the merged model says; kept beside the files, since all kinds are compared with the same."""
     kept = bounded.read_dict(folder / REFERENCE)
     if key and kept.get("key") == key and kept.get("question") == question:
@@ -163,7 +163,7 @@ def _weights(weights: dict | None, kind: str) -> dict:
     return _check(name, True, f"all {compared} tensors are your model's; a row differs by {worst:.1%} at most")
 
 
-def _agreement(choices: list[list[int]], given: list[dict]) -> dict | None:
+def agreement_of(choices: list[list[int]], given: list[dict]) -> dict | None:
     if not given:
         return None
     same = sure = undecided = 0
