@@ -15,7 +15,8 @@ from .writing import threads
 TOKENS = 48  # of the free answer
 SURE = 0.5  # difference of the two largest logits from which the merged model counts as decided
 ENOUGH = 10  # decided places, below which nothing follows from them
-RATES = {"f16": 0.99, "q8_0": 0.95}  # of decided places at which a kind's first choice is the merged model's
+# of decided places at which a kind's first choice is the merged model's
+RATES = {"f16": 0.99, "q8_0": 0.95, "q2_k": 0.6}
 RATE = 0.8  # of other kinds
 NOT_THERE = "not compared, because the merged model is not there"
 REFERENCE = "reference.json"  # beside the GGUF files: what the merged model says

@@ -125,16 +125,17 @@ def _card_to_write(api, repo: str, card: str) -> str:
     from huggingface_hub.errors import EntryNotFoundError
 
     try:
-        there = ModelCard(Path(api.hf_hub_download(repo, "README.md", force_download=True)).read_text("utf-8"))
+        text = Path(api.hf_hub_download(repo, "README.md", force_download=True)).read_text("utf-8")
+        there: Any = ModelCard(text).data  # a ModelCardData
     except EntryNotFoundError:
         return card
     except ValueError:  # its header is no YAML: somebody wrote it by hand
         return ""
-    if there.data.tags and TAG not in there.data.tags:
+    if there.tags and TAG not in there.tags:
         return ""
     new = ModelCard(card)
     for field in origin.STATED:
-        if value := getattr(there.data, field, None):
+        if value := getattr(there, field, None):
             setattr(new.data, field, value)
     return str(new)
 
