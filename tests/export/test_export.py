@@ -200,7 +200,7 @@ def test_files_are_compared_with_the_merged_model(exported):
     rows = export.compare(exported.run, some)
     assert [row["path"] for row in rows] == some[::-1]  # the largest first
     whole, small = rows
-    assert whole["agreement"]["same"] == whole["agreement"]["of"] > 50 and whole["kl"] < 1e-3
+    assert whole["agreement"]["same"] >= 0.99 * whole["agreement"]["of"] > 10 and whole["kl"] < 1e-3
     assert small["bytes"] < whole["bytes"] and 10 * whole["kl"] < small["kl"] < 1
     assert all(row["tokens_per_second"] > 0 for row in rows) and sum(row["taken"] for row in rows) == 1
     assert not left_behind(exported.run.path)
