@@ -4,7 +4,7 @@ import pytest
 
 from kto_core.data.reading import sources
 from kto_core.errors import HubError, ModelError
-from kto_core.export import hub, model_card
+from kto_core.export.hub import origin, upload
 from kto_core.models import hub_files
 from kto_core.paths import is_hub_dataset, is_hub_id
 from kto_studio.shared import data_sources, model_choices
@@ -18,7 +18,7 @@ NO_IDS = ["", "model", "./model", "../model", "~/model", "/a/b", "a/b/c", "a/", 
 def test_a_hub_id_is_one_for_all(name):
     assert is_hub_id(name) and is_hub_dataset(name) and sources.is_hub(name)
     assert model_choices.target(name) == name and data_sources.hub_id(name, "") == f"hub:{name}@train"
-    assert hub.require(name, "hf_x") == (name, "hf_x") and model_card.base_name(name) == name
+    assert upload.require(name, "hf_x") == (name, "hf_x") and origin.base_name(name) == name
 
 
 @pytest.mark.parametrize("name", NO_IDS)
@@ -31,7 +31,7 @@ def test_what_is_no_hub_id_is_none_for_all(name, monkeypatch):
         with pytest.raises(ModelError):
             model_choices.target(name)
         with pytest.raises(HubError):
-            hub.require(name, "hf_x")
+            upload.require(name, "hf_x")
 
 
 @pytest.mark.parametrize("name, is_one", [

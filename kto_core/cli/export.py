@@ -1,4 +1,4 @@
-"""``export merge|gguf|push|check``."""
+"""``export merge|gguf|check|compare|push``."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from pathlib import Path
 
 from kto_core.errors import ExportError
 from kto_core.export import publish
+from kto_core.export.gguf import writing
+from kto_core.paths import is_hub_id
 from kto_core.plain_text import one_line
 
 from . import output
 
-QUANTS = ("f16", "q8_0", "q4_k_m", "q5_k_m")
+QUANTS = tuple(writing.QUANTS)
 WHAT = ("adapter", "merged", "gguf")
 
 
@@ -50,6 +52,9 @@ def add(commands: argparse._SubParsersAction, argv: list[str]) -> None:
     check.add_argument(
         "--prompt", default="What is the capital of France?", metavar="T", help="question to ask (default: %(default)s)"
     )
+    about = "size, agreement, KL divergence and speed of each GGUF file, and which one to take"
+    compare = _action(actions, "compare", about, run_compare)
+    compare.add_argument("--quant", type=_list(QUANTS), metavar="Q", help="create what is missing of these first")
     push = _action(actions, "push", "upload to the Hugging Face Hub, private unless --public", run_push)
     push.add_argument("--repo", required=True, metavar="R", help="repository, owner/name")
     push.add_argument(
@@ -60,6 +65,7 @@ def add(commands: argparse._SubParsersAction, argv: list[str]) -> None:
         help=f"comma-separated: {', '.join(WHAT)} (default: adapter)",
     )
     push.add_argument("--public", action="store_true", help="make the repository public")
+    push.add_argument("--base", metavar="M", help="Hub id of the base model, if the run has it in a folder; kept")
 
 
 def _action(actions, name: str, text: str, fn) -> argparse.ArgumentParser:
@@ -89,6 +95,7 @@ def run_merge(args: argparse.Namespace) -> int:
 
     folder = _long(export.merge, _found(args.name))
     output.emit({"merged": str(folder)}) if args.json else output.show(str(folder))
+    output.say(f"To serve it: vllm serve {folder}")
     return output.OK
 
 
@@ -98,7 +105,11 @@ def run_gguf(args: argparse.Namespace) -> int:
     run = _found(args.name)
     if args.no_check:
         files = _long(export.gguf, run, args.quant)
-        made = [{"path": p, "bytes": p.stat().st_size, "modelfile": export.modelfile(run, p)} for p in files]
+        made = []
+        for path in files:
+            written = export.modelfile(run, path)
+            made.append({"path": path, "bytes": path.stat().st_size, "modelfile": written.path,
+                         "remarks": written.remarks})  # fmt: skip
     else:
         made = _long(export.gguf_and_check, run, args.quant)
     good = all(m.get("check", {}).get("ok", True) for m in made)
@@ -109,8 +120,11 @@ def run_gguf(args: argparse.Namespace) -> int:
         output.show(f"{m['path']}  {m['bytes'] / 1e6:,.0f} MB")
         if "check" in m:
             output.show(checked(m["check"]))
+    for remark in dict.fromkeys(r for m in made for r in m["remarks"]):
+        output.say(f"Ollama: {remark}")
     if good:
         output.say(f"To use it in Ollama: ollama create NAME -f {made[-1]['modelfile']}")
+        output.say(f"In llama.cpp: llama-server -m {made[-1]['path']}")
     return output.OK if good else output.FAILED
 
 
@@ -124,6 +138,31 @@ def run_check(args: argparse.Namespace) -> int:
     else:
         output.show("\n\n".join(f"{a['path']}\n{checked(a)}" for a in answers))
     return output.OK if all(a["ok"] for a in answers) else output.FAILED
+
+
+def run_compare(args: argparse.Namespace) -> int:
+    from kto_core.export import export
+
+    run = _found(args.name)
+    if args.quant:
+        _long(export.gguf, run, args.quant)
+    found = _long(export.compare, run, gguf_files(run, args.quant))
+    if args.json:
+        output.emit({"files": [row | {"path": str(row["path"])} for row in found]})
+    else:
+        output.show(compared(found))
+    return output.OK
+
+
+def compared(rows: list[dict]) -> str:
+    """What `export.compare` found, as a table; the file that we would take is marked."""
+    table: list[tuple] = [("File", "Size", "Agrees with your model", "KL (nats)", "Tokens/s", "")]
+    for row in rows:
+        of = row["agreement"]["of"]
+        agrees = f"{row['agreement']['same']} of {of} ({row['agreement']['same'] / of:.0%})" if of else "undecided"
+        table.append((row["path"].name, f"{row['bytes'] / 1e6:,.0f} MB", agrees, f"{row['kl']:.2g}",
+                      f"{row['tokens_per_second']:.1f}", "<- recommended" if row["taken"] else ""))  # fmt: skip
+    return output.table(table)
 
 
 def checked(verdict: dict) -> str:
@@ -154,7 +193,9 @@ def gguf_files(run, quants: list[str] | None = None) -> list[Path]:
 
 
 def run_push(args: argparse.Namespace) -> int:
-
-    url = _long(publish.push, _found(args.name), args.repo, what=args.what, private=not args.public)
+    run = _found(args.name)
+    url = _long(publish.push, run, args.repo, what=args.what, private=not args.public, base=args.base)
+    if not is_hub_id(base := publish.public_base(run)):
+        output.say(f"Others cannot find the base model {base}. Say its Hub id: --base owner/name")
     output.emit({"url": url, "private": not args.public}) if args.json else output.show(url)
     return output.OK

@@ -12,22 +12,25 @@ from __future__ import annotations
 import re
 import shutil
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 
 from kto_core import files
 from kto_core.errors import DiskError, ExportError
-from kto_core.guards import child
+from kto_core.guards import bounded, child
 from kto_core.jobs import Progress, check_cancel, named, no_progress, part_of
 from kto_core.models import facts as model_info
 from kto_core.models.adapter_gate import require_adapter
 from kto_core.runs.locks import only_one
 
-from . import model_card
-from . import modelfile as modelfiles
 from .checks import require_disk, require_memory
+from .gguf import comparing, header, proof, writing
 from .gguf import converter as converters
-from .gguf import header, proof, writing
+from .hub import origin
 from .merging import F16_MAX
+from .ollama.modelfile import Modelfile
+from .ollama.modelfile import make as make_modelfile
+from .ollama.parameters import context, sampling
 from .sources import Sources, finished_adapter, key_of, merged_facts, note, records
 
 QUESTION = "What is the capital of France?"  # of a check, where nobody asks another
@@ -77,8 +80,8 @@ def make_merged(run, progress: Progress, cancel, sources: Sources | None = None)
             "base": str(base),
             "adapter": str(adapter),
             "part": str(part),
-            "public_base": model_card.base_name(name),
-            "facts": {"source": sources.key, "base": model_card.base_name(name), "run": run.id},
+            "public_base": origin.base_name(name),
+            "facts": {"source": sources.key, "base": origin.base_name(name), "run": run.id},
         }
         env = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}  # all is here; the GPU may be somebody else's
         child.call("export.merging", "merge", arguments, what="The merge", progress=progress, cancel=cancel, env=env,
@@ -101,7 +104,7 @@ def gguf(run, quants, *, progress: Progress = no_progress, cancel: threading.Eve
     """GGUF files of the run in ``exports/gguf``; merged first if need be.
 
     Args:
-        quants: of f16, q8_0, q5_k_m, q4_k_m, in any case; a list or one comma-separated text.
+        quants: of `gguf.writing.QUANTS`, in any case; a list or one comma-separated text.
 
     Returns:
         The files, in the order of `gguf.writing.QUANTS`.
@@ -134,7 +137,8 @@ def make_gguf(run, names: list[str], progress: Progress, cancel, sources: Source
 
     converters.require_convertible(facts.architecture, converters.converter(part_of(progress, 0.02, 0.1), cancel))
     have_f16 = sources.gguf_is_fresh(paths["f16"])
-    need = sum(writing.QUANTS[q] for q in todo) + (0 if have_f16 or "f16" in todo else writing.QUANTS["f16"])
+    rows = facts.shape.hidden, facts.shape.intermediate
+    need = sum(writing.per_weight(q, *rows) for q in todo) + (0 if have_f16 or "f16" in todo else writing.QUANTS["f16"])
     if not sources.merge_is_fresh(progress, cancel):
         need += 2.0
     require_disk(run.path, need * facts.parameters, "Merged model and GGUF files")
@@ -143,8 +147,8 @@ def make_gguf(run, names: list[str], progress: Progress, cancel, sources: Source
     made_of = merged_facts(merged)
     overflow = made_of.get("largest", 0.0) > F16_MAX
     if overflow and "f16" in todo:
-        raise ExportError("Some weights of this model exceed the range of f16. Choose q8_0, q5_k_m or q4_k_m instead.")
-    title = f"{model_card.base_name(config.model).rpartition('/')[2]} KTO"
+        raise ExportError("Some weights of this model exceed the range of f16. Choose another type.")
+    title = f"{origin.base_name(config.model).rpartition('/')[2]} KTO"
     keep_f16 = have_f16 or "f16" in todo
     # what the others are made from; without ".gguf" at its end nobody takes it for a result
     f16 = paths["f16"] if keep_f16 else folder / f"{_stem(config.model)}-source.part"
@@ -168,7 +172,7 @@ def make_gguf(run, names: list[str], progress: Progress, cancel, sources: Source
 
 def _stem(model: str) -> str:
     """File name without the kind: the base's name, without what was done to its weights."""
-    name = model_card.base_name(model).rpartition("/")[2]
+    name = origin.base_name(model).rpartition("/")[2]
     name = re.sub(r"(-unsloth)?(-bnb-4bit)?$", "", name, flags=re.IGNORECASE)
     return (re.sub(r"[^\w.-]+", "-", name).strip("-.") or "model") + "-kto"
 
@@ -176,14 +180,19 @@ def _stem(model: str) -> str:
 def gguf_and_check(
     run, quants, question: str = QUESTION, *, progress: Progress = no_progress, cancel: threading.Event | None = None
 ) -> list[dict]:
-    """`gguf`, a Modelfile for each file, and `check_gguf` of each: a list of {path, bytes, modelfile, check}."""
+    """`gguf`, a Modelfile for each file, and `check_gguf` of each.
+
+    Returns:
+        For each file {path, bytes, modelfile, remarks, check}; ``remarks``: what Ollama does otherwise (`modelfile`).
+    """
     files = gguf(run, quants, progress=part_of(progress, 0.0, 0.6), cancel=cancel)
     made: list[dict] = []
     for i, path in enumerate(files):
         stage = part_of(progress, 0.6 + 0.4 * i / len(files), 0.6 + 0.4 * (i + 1) / len(files))
         written = modelfile(run, path)
         verdict = check_gguf(path, question, progress=named(f"Checking {path.name}", stage), cancel=cancel)
-        made.append({"path": path, "bytes": path.stat().st_size, "modelfile": written, "check": verdict})
+        about = {"path": path, "bytes": path.stat().st_size, "modelfile": written.path, "remarks": written.remarks}
+        made.append(about | {"check": verdict})
     failed = [m["path"].name for m in made if not m["check"]["ok"]]
     progress(1.0, f"The check of {', '.join(failed)} failed." if failed else "Created and checked.")
     return made
@@ -217,15 +226,41 @@ def check_gguf(path, prompt: str, *, progress: Progress = no_progress, cancel: t
     return found
 
 
+def compare(
+    run, paths, question: str = QUESTION, *, progress: Progress = no_progress, cancel: threading.Event | None = None
+) -> list[dict]:
+    """Size, agreement, KL divergence and speed of GGUF files of a run, and which one we would take; the smallest last.
+
+    Returns:
+        As `gguf.comparing.compare`.
+
+    Raises:
+        ExportError: no file, the merged model they were made from is not there, or llama.cpp does not run one.
+        Cancelled: ``cancel`` was set.
+    """
+    merged = run.path / "exports" / "merged"
+    key = merged_facts(merged).get("source")
+    made = [path for path in map(Path, paths) if key and records(path.parent).get(path.name, {}).get("source") == key]
+    if not made:
+        raise ExportError(
+            f"Run {run.id} has no GGUF files to compare with its merged model. Create them first: export gguf {run.id}."
+        )
+    made.sort(key=lambda path: -path.stat().st_size)
+    found = comparing.compare(made, question, merged=merged, key=str(key), progress=progress, cancel=cancel)
+    progress(1.0, "Compared.")
+    return found
+
+
 def _kind(path: Path) -> str:
     """What a file of ours is to be, by its name."""
     return next((kind for kind in writing.QUANTS if path.stem.lower().endswith(f"-{kind}")), "")
 
 
-def modelfile(run, gguf_path) -> Path:
-    """Write an Ollama Modelfile beside a GGUF of the run (``Modelfile-q4_k_m``); see `kto_core.export.modelfile`.
+def modelfile(run, gguf_path) -> Written:
+    """Write an Ollama Modelfile beside a GGUF of the run (``Modelfile-q4_k_m``); see `kto_core.export.ollama`.
 
-    What Ollama's template language cannot say is in the file as a comment.
+    What Ollama will do otherwise than the model's own template is in its remarks, in the file as comments, and in the
+    manifest of the folder.
 
     Raises:
         ExportError: no whole GGUF file.
@@ -234,18 +269,33 @@ def modelfile(run, gguf_path) -> Path:
     path = Path(gguf_path)
     if not path.is_file():
         raise ExportError(f"Run {run.id} has no file {path.name}. Create the GGUF file first.")
-    facts = header.read_facts(path)
+    facts, config = header.read_facts(path), run.config().config
     target = path.parent / f"Modelfile-{facts.file_type or path.stem}"
-    text, _ = modelfiles.write(
-        path.name,
-        target.name,
-        lambda messages, generation=True: header.render(facts, messages, generation),
+    sampled = sampling(bounded.read_dict(path.parent.parent / "merged" / "generation_config.json"), facts.sampling)
+    made = make_modelfile(
+        lambda messages, generation=True, tools=None: header.render(facts, messages, generation, tools),
         bos=facts.bos_text if facts.add_bos else "",  # Ollama puts it there itself
         eos=facts.eos_text,
         dated="strftime_now" in facts.template,
+        parameters=sampled | {"num_ctx": context(config.max_length, facts.context)},
+        license=origin.name_of(origin.of_base(config.model)),
     )
     try:
-        files.write_whole(target, text)
+        files.write_whole(target, made.text(path.name, target.name))
+        if path.name in records(path.parent):
+            note(path, remarks=made.remarks)
     except OSError as e:
         raise DiskError(f"{target} is not writable ({e.strerror or e}).") from e
-    return target
+    return Written(target, made)
+
+
+@dataclass(frozen=True)
+class Written:
+    """A Modelfile at ``path``, and what it says."""
+
+    path: Path
+    made: Modelfile
+
+    @property
+    def remarks(self) -> list[str]:
+        return self.made.remarks

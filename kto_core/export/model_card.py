@@ -1,18 +1,19 @@
-"""The model card of an upload (README.md): base, data, settings, metrics, lineage. The licence is left to the user."""
+"""The model card of an upload (README.md): base, use, data, settings, metrics, lineage, licence of the base."""
 
 from __future__ import annotations
 
 import json
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
-from kto_core.models.facts import public_name
 from kto_core.paths import is_hub_id
 from kto_core.runs.lineage import adapter_origin
 from kto_core.verdict import keeping, wording
 
-from .hub import TAG
-from .sources import records
+from .hub import origin
+from .hub.calls import TAG
+from .model_use import use
 
 SETTINGS = ("loss_type", "beta", "desirable_weight", "undesirable_weight", "learning_rate", "lr_scheduler_type",
             "warmup_ratio", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs",
@@ -23,31 +24,42 @@ METRICS = ("loss", "kl", "rewards/chosen", "rewards/rejected", "rewards/margins"
 USED = ("learning_rate", "optim", "kl_group", "engine")  # what a run may take otherwise, and then notes
 FIXED = ("learning_rate",)  # of these a number is used as it is
 SHAPE = ("r", "lora_alpha", "lora_dropout", "target_modules")  # of a run that went on: its adapter's, not its own
+RELATION = {("adapter",): "adapter", ("gguf",): "quantized"}  # to the base; of other uploads: finetune
+RESULTS = (("rewards/margins", "Reward margin", "margin_interval"),
+           ("rewards/chosen", "Reward of good answers", "chosen_interval"),
+           ("accuracy", "Rewards on the right side of 0", ""), ("auc", "AUC of rewards", ""))  # fmt: skip
 PACKAGES = ("trl", "peft", "transformers", "torch")
 
 
-def base_name(model: str) -> str:
-    """The base's name for others: a Hub id as it is, of a folder only its last part (paths stay private)."""
-    name = public_name(model)
-    return name if is_hub_id(name) and not Path(model).expanduser().is_dir() else Path(name).name
-
-
-def write(run, repo: str, what: list[str], *, adapter_sha256: str, files: list[str], dtype: str = "") -> str:
+def write(
+    run,
+    repo: str,
+    what: list[str],
+    *,
+    adapter_sha256: str,
+    files: list[str],
+    dtype: str = "",
+    base: str = "",
+    stated: dict[str, Any] | None = None,
+) -> str:
     """Text of the card.
 
     Args:
         run: a `run.Run`. what: of "adapter", "merged", "gguf". files: paths in the repository.
         dtype: of the merged weights, if there are any.
+        base: the base's Hub id where the run has it in a folder. stated: licence and languages of the base
+            (`origin.STATED`).
     """
     from huggingface_hub import ModelCard, ModelCardData
 
     config = run.config().config
-    base = base_name(config.model)
+    base, stated = base or origin.base_name(config.model), stated or {}
     on_hub = is_hub_id(base)
     data = run.dataset()
     source = str(data.get("source", ""))
     hub_data = source.split(":")[0] if is_hub_id(source.split(":")[0]) and not Path(source).exists() else ""
     library = "transformers" if "merged" in what else "peft" if "adapter" in what else "gguf"
+    results = _results(run, hub_data, Path(source).name)
     card_data = ModelCardData(
         base_model=base if on_hub else None,
         library_name=library,
@@ -60,16 +72,18 @@ def write(run, repo: str, what: list[str], *, adapter_sha256: str, files: list[s
             *(["gguf"] if "gguf" in what else []),
         ],
         datasets=[hub_data] if hub_data else None,
+        **({"model_name": repo.split("/")[-1], "eval_results": results} if results else {}),
+        **stated,
     )
     if on_hub:
-        card_data.base_model_relation = "adapter" if what == ["adapter"] else "finetune"
+        card_data.base_model_relation = RELATION.get(tuple(what), "finetune")
     state = run.state()
     body = [
         f"# {repo.split('/')[-1]}",
         f"{_link(base) if on_hub else base}, trained with KTO (Kahneman-Tversky Optimization, arXiv 2402.01306) on "
         "answers marked good or bad.",
         "## Use",
-        _use(run, repo, base, what, files),
+        use(run, repo, base, what, files),
         "## Data",
         _data(data, source, hub_data),
         "## Settings",
@@ -80,55 +94,13 @@ def write(run, repo: str, what: list[str], *, adapter_sha256: str, files: list[s
         "## Lineage",
         _lineage(run, base, _began(config, state.used), adapter_sha256, what, dtype),
         "## License",
-        "Not specified. The license of the base model and the terms of the data apply. Add yours to the header of "
-        "this model card.",
+        _license(stated),
     ]
     return str(ModelCard(f"---\n{card_data.to_yaml()}\n---\n\n" + "\n\n".join(body) + "\n"))
 
 
 def _link(name: str) -> str:
     return f"[{name}](https://huggingface.co/{name})"
-
-
-def _use(run, repo: str, base: str, what: list[str], files: list[str]) -> str:
-    parts = []
-    if "merged" in what:
-        parts.append(
-            "```python\nfrom transformers import pipeline\n\n"
-            f'chat = pipeline("text-generation", "{repo}")\n'
-            'print(chat([{"role": "user", "content": "Hello"}])[0]["generated_text"][-1]["content"])\n```'
-        )
-    if "adapter" in what:
-        folder = next((f.rpartition("/")[0] for f in files if f.endswith("adapter_config.json")), "")
-        inner = f', subfolder="{folder}"' if folder else ""
-        parts.append(
-            "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-            f'base = AutoModelForCausalLM.from_pretrained("{base}")\n'
-            f'model = PeftModel.from_pretrained(base, "{repo}"{inner})\n```'
-        )
-    if "gguf" in what:
-        names = [f for f in files if f.endswith(".gguf")]
-        parts.append(
-            f"GGUF files for llama.cpp, Ollama and LM Studio:\n\n{_ggufs(run, names)}\n\n```\nllama-cli -hf {repo}\n"
-            f"ollama run hf.co/{repo}\n```"
-        )
-    return "\n\n".join(parts)
-
-
-def _ggufs(run, names: list[str]) -> str:
-    """Each file with its size, and at how many places of the merged model's own answers it agrees with that."""
-    folder, lines = run.path / "exports" / "gguf", ["| File | Size | Agrees with the merged model |", "|---|---|---|"]
-    known = records(folder)
-    for name in names:
-        file, verdict = folder / name, known.get(name, {}).get("check") or {}
-        size = f"{file.stat().st_size / 1e9:.2f} GB" if file.is_file() else ""
-        said, found = "not checked", verdict.get("agreement")
-        if found and found["of"]:
-            said = f"at {found['same']:,} of {found['of']:,} places ({found['same'] / found['of']:.0%})"
-        if verdict.get("ok") is False:
-            said += "; the check failed"
-        lines.append(f"| `{name}` | {size} | {said} |")
-    return "\n".join(lines)
 
 
 def _data(data: dict, source: str, hub_data: str) -> str:
@@ -187,6 +159,34 @@ def _verdict(run) -> list[str]:
         about = "Compared with the model before training. Some of the rows' questions may have been trained on."
     lines = _table([("verdict", found["verdict"]["sentence"]), *wording.lines(found)])
     return ["## Verdict", f"{about}\n\n{lines}"]
+
+
+def _results(run, hub_data: str, name: str) -> list:
+    """The verdict's numbers for the header's model-index, each with its 95 % interval where it has one."""
+    from huggingface_hub import EvalResult
+
+    found = keeping.read(run)
+    if found is None:
+        return []
+    rows = {"dataset_type": hub_data or "private", "dataset_name": hub_data or name or "rows of the run"}
+    made = []
+    for key, title, interval in RESULTS:
+        if (value := found.get(key)) is None:
+            continue
+        bounds = found.get(interval) if interval else None
+        made.append(EvalResult(task_type="text-generation", task_name="Answers marked good or bad", **rows,
+                               metric_type=key, metric_name=title, metric_value=value,
+                               metric_args={"interval_95": bounds} if bounds else None))  # fmt: skip
+    return made
+
+
+def _license(stated: dict[str, Any]) -> str:
+    if not (name := origin.name_of(stated)):
+        return (
+            "Not specified. The license of the base model and the terms of the data apply. Add yours to the header of "
+            "this model card."
+        )
+    return f"That of the base model: {name}. The terms of the data apply as well."
 
 
 def _began(config, used: dict) -> list[str]:

@@ -61,7 +61,7 @@ class Sources:
 
     def record(self, file: Path, made_by: str) -> None:
         """Note in the manifest that a GGUF file was made from these, and not checked yet."""
-        note(file, source=self.key, size=file.stat().st_size, made_by=made_by, check=None)
+        note(file, source=self.key, size=file.stat().st_size, made_by=made_by, check=None, remarks=[])
 
 
 def merged_facts(folder: Path) -> dict:

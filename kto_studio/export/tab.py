@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from kto_core import jobs
 from kto_core.errors import BusyError, ExportError, KTOError
 from kto_core.export import export, publish
 from kto_core.models import facts as model_info
+from kto_core.models.facts import ModelFacts
 from kto_core.paths import is_hub_id
 from kto_core.runs import folders
 from kto_studio.shared import jobs_view, model_choices
@@ -57,7 +59,7 @@ def _make_controls():
             elem_classes="panel-head",
         )
         quants = gr.CheckboxGroup(
-            [(label, name) for name, label, _ in view.QUANTS],
+            [(label, name) for name, label in view.QUANTS],
             value=["q4_k_m"],
             label="GGUF",
             info="How the weights are stored. Smaller files are faster and slightly less accurate.",
@@ -160,6 +162,7 @@ def summary(run) -> dict:
         "steps": state.step,
         "margin": state.latest("rewards/margins"),
         "seconds": state.seconds or None,
+        "remarks": view.remarks(run.path),
         "made": (["merged model"] if merged(run.path) else []) + [Path(m).name for m in made],
     }
 
@@ -168,18 +171,18 @@ def merged(folder: Path) -> bool:
     return (folder / "exports" / "merged" / "config.json").is_file()
 
 
-_parameters: dict[str, float | None] = {}  # model -> weights; asking may take a request to the Hub
+_facts: dict[str, ModelFacts] = {}  # of models; asking may take a request to the Hub
 
 
-def parameters(run, ask: bool = True) -> float | None:
-    """Weights of the base model; None if nobody knows, or nobody asked yet and ``ask`` is False."""
+def needed(run, quants: list[str], ask: bool = True) -> float | None:
+    """Bytes that its files take; None if nobody knows, or nobody asked yet and ``ask`` is False."""
     name = run.config().config.model
-    if ask and _parameters.get(name) is None:
-        try:
-            _parameters[name] = model_info.model_facts(name).parameters
-        except KTOError:
-            _parameters[name] = None
-    return _parameters.get(name)
+    if ask and name not in _facts:
+        with contextlib.suppress(KTOError):
+            _facts[name] = model_info.model_facts(name)
+    if (facts := _facts.get(name)) is None:
+        return None
+    return view.needed(facts.parameters, quants, merged(run.path), facts.shape.hidden, facts.shape.intermediate)
 
 
 def show_run(name: str | None, quants: list[str], ask: bool = True) -> tuple:
@@ -199,7 +202,7 @@ def show_run(name: str | None, quants: list[str], ask: bool = True) -> tuple:
     ggufs = [(p.name, view.file_id(p, folder)) for p in view.gguf_files(folder)]
     buttons = [gr.update(label=f"{p.name}  ({view.size(p.stat().st_size)})", value=str(p), visible=True) for p in files]
     buttons += [gr.update(visible=False, value=None)] * (view.DOWNLOADS - len(files))
-    need = view.needed(parameters(run, ask), quants, merged(folder))
+    need = needed(run, quants, ask)
     ready = gr.update(interactive=True)
     return (
         view.facts(summary(run)),
@@ -242,7 +245,7 @@ def _refresh(ctx: Context, chosen, run_id, quants, token, version, shown: list, 
         folder = _folder(name)
         if folder is None or find(name).problem():
             return ""
-        return view.disk(view.needed(parameters(find(name)), asked, merged(folder)), view.free(folder))
+        return view.disk(needed(find(name), asked), view.free(folder))
 
     ctx.on_tick(tick, [chosen, run_id, version, *shown], [version, run_id, quants])
     ctx.on_load(opened, [token, chosen, run_id, version, *shown], [ctx.chosen_run, quants])

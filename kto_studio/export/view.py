@@ -7,14 +7,20 @@ import shutil
 from pathlib import Path
 
 from kto_core.errors import ExportError
+from kto_core.export import sources
+from kto_core.export.gguf import writing
 from kto_core.jobs import duration
 from kto_studio.shared.prose import note
 
-QUANTS = (  # id, label, bytes a weight
-    ("q4_k_m", "q4_k_m (small, recommended)", 0.61),
-    ("q5_k_m", "q5_k_m (slightly better, slightly larger)", 0.72),
-    ("q8_0", "q8_0 (close to the original)", 1.07),
-    ("f16", "f16 (original precision)", 2.0),
+QUANTS = (  # id, label
+    ("q4_k_m", "q4_k_m (small, recommended)"),
+    ("q5_k_m", "q5_k_m (slightly better, slightly larger)"),
+    ("q6_k", "q6_k (better still)"),
+    ("q8_0", "q8_0 (close to the original)"),
+    ("f16", "f16 (original precision)"),
+    ("iq4_xs", "iq4_xs (smaller than q4_k_m, slower on a processor)"),
+    ("q3_k_m", "q3_k_m (small, noticeably less accurate)"),
+    ("q2_k", "q2_k (smallest, for large models only)"),
 )
 WHAT = (("Adapter", "adapter"), ("Merged model", "merged"), ("GGUF files", "gguf"))
 DOWNLOADS = 12  # buttons on the page
@@ -57,14 +63,16 @@ def size(count: float) -> str:
     return f"{count:.0f} B"
 
 
-def needed(parameters: float | None, quants: list[str], merged_is_there: bool) -> float | None:
-    """Bytes that merge and conversion write: the merged model, an f16 GGUF on the way, and what was asked for."""
+def needed(parameters: float | None, quants: list[str], merged_is_there: bool, *widths: int) -> float | None:
+    """Bytes that merge and conversion write: the merged model, an f16 GGUF on the way, and what was asked for.
+
+    ``widths``: weights in a row of the model, where that is known.
+    """
     if not parameters:
         return None
-    per_weight = {name: factor for name, _, factor in QUANTS}
     total = 0.0 if merged_is_there else 2.0
     if quants:
-        total += 2.0 + sum(per_weight.get(q, 2.0) for q in quants if q != "f16")
+        total += 2.0 + sum(writing.per_weight(q, *widths) for q in quants if q != "f16")
     return parameters * total
 
 
@@ -97,7 +105,24 @@ def facts(summary: dict) -> str:
     if summary.get("seconds"):
         parts.append(f"trained for {duration(summary['seconds'])}")
     made = ", ".join(html.escape(m) for m in summary.get("made", []))
-    return f'<div class="note">{" · ".join(parts)}<br>Created so far: {made or "only the adapter"}.</div>'
+    about = f'<div class="note">{" · ".join(parts)}<br>Created so far: {made or "only the adapter"}.</div>'
+    return about + ollama(summary.get("remarks", []))
+
+
+def ollama(remarks: list[str]) -> str:
+    """What Ollama does otherwise than the model's own chat template, as a list that opens."""
+    if not remarks:
+        return ""
+    rows = "".join(f"<li>{html.escape(r)}</li>" for r in remarks)
+    count = "1 remark" if len(remarks) == 1 else f"{len(remarks)} remarks"
+    return f'<details class="note" id="export-remarks"><summary>Ollama: {count}</summary><ul>{rows}</ul></details>'
+
+
+def remarks(folder: Path) -> list[str]:
+    """The remarks on all Modelfiles of a run, each once."""
+    known = sources.records(folder / "exports" / "gguf").values()
+    found = [r for entry in known if isinstance(entry, dict) for r in entry.get("remarks") or [] if isinstance(r, str)]
+    return list(dict.fromkeys(found))
 
 
 def nothing() -> str:

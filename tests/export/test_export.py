@@ -35,7 +35,7 @@ def exported(tmp_path_factory, demo_model):
         patch.setenv("KTO_STUDIO_RUNS", str(folder))
         run = make_run(folder / "demo-run", demo_model, "demo", scale=0.03)
         files = export.gguf(run, [q.upper() for q in QUANTS], progress=lambda f, text: said.append((f, text)))
-    return SimpleNamespace(run=run, files=dict(zip(writing.QUANTS, files, strict=True)), said=said)
+    return SimpleNamespace(run=run, files=dict(zip(QUANTS[::-1], files, strict=True)), said=said)
 
 
 @pytest.fixture(scope="module")
@@ -195,13 +195,28 @@ def test_a_verdict_is_kept_and_a_failed_one_exits_with_1(exported, monkeypatch, 
     assert made[0]["path"] == file and made[0]["modelfile"].is_file() and not made[0]["check"]["ok"]
 
 
+def test_files_are_compared_with_the_merged_model(exported):
+    some = [exported.files["q4_k_m"], exported.files["f16"]]
+    rows = export.compare(exported.run, some)
+    assert [row["path"] for row in rows] == some[::-1]  # the largest first
+    whole, small = rows
+    assert whole["agreement"]["same"] >= 0.99 * whole["agreement"]["of"] > 10 and whole["kl"] < 1e-3
+    assert small["bytes"] < whole["bytes"] and 10 * whole["kl"] < small["kl"] < 1
+    assert all(row["tokens_per_second"] > 0 for row in rows) and sum(row["taken"] for row in rows) == 1
+    assert not left_behind(exported.run.path)
+    with pytest.raises(ExportError, match="has no GGUF files to compare"):
+        export.compare(exported.run, [])
+
+
 def test_modelfile_lies_beside_its_file(exported):
-    path = export.modelfile(exported.run, exported.files["q4_k_m"])
-    text = path.read_text()
+    written = export.modelfile(exported.run, exported.files["q4_k_m"])
+    path, text = written.path, written.path.read_text()
     assert path.name == "Modelfile-q4_k_m" and path.parent == exported.files["q4_k_m"].parent
     assert "\nFROM ./SmolLM2-135M-Instruct-kto-q4_k_m.gguf\n" in text
-    assert '\nTEMPLATE """{{ if .System }}<|im_start|>system\n{{ .System }}<|im_end|>\n' in text
-    assert 'PARAMETER stop "<|im_end|>"' in text and "differently" not in text
+    assert '\nTEMPLATE """{{ if $.System }}<|im_start|>system\n{{ $.System }}<|im_end|>\n' in text
+    assert 'PARAMETER stop "<|im_end|>"' in text and written.remarks == []
+    assert "\nPARAMETER num_ctx 4096\n" in text and '\nLICENSE """apache-2.0"""\n' in text
+    assert sources.records(path.parent)[exported.files["q4_k_m"].name]["remarks"] == []
 
 
 def test_check_refuses_what_is_no_gguf(exported, tmp_path):
@@ -230,7 +245,7 @@ def test_cancel_of_a_conversion_leaves_nothing(merged, tmp_path):
 
 
 def test_unknown_kinds_are_named_with_the_known(exported):
-    with pytest.raises(ExportError, match=r"q9.*Choose from f16, q8_0, q5_k_m, q4_k_m"):
+    with pytest.raises(ExportError, match=r"q9.*Choose from f16, q8_0, q6_k, q5_k_m, q4_k_m, "):
         export.gguf(exported.run, ["q9", "q8_0"])
     with pytest.raises(ExportError, match="at least one"):
         export.gguf(exported.run, [])

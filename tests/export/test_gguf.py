@@ -150,7 +150,7 @@ def test_kinds_in_any_case_and_order(given, found):
 
 @pytest.mark.parametrize("given", ["q3", ["q8_0", "int4"], "", []])
 def test_kinds_that_are_none(given):
-    with pytest.raises(ExportError, match="f16, q8_0, q5_k_m, q4_k_m"):
+    with pytest.raises(ExportError, match="f16, q8_0, q6_k, q5_k_m, q4_k_m, iq4_xs, q3_k_m, q2_k"):
         writing.known(given)
 
 

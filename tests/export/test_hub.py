@@ -4,73 +4,19 @@ import json
 import os
 import shutil
 import threading
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
 from kto_core import files
 from kto_core.errors import Cancelled, ExportError, HubError
-from kto_core.export import hub, model_card, publish, sources
+from kto_core.export import model_card, publish, sources
+from kto_core.export.hub import upload
 from kto_core.export.merging import FACTS
 from kto_core.runs.events import EventLog
 from kto_core.verdict import keeping
-from tests.support.exporting import make_run
-from tests.support.fake_hub import running
+from tests.support.pushing import REPO, TOKEN, continued, refused, write_gguf
 from tests.support.verdicts import RESULT
-
-TOKEN = "hf_good"
-REPO = "jane/tuned"
-
-
-@pytest.fixture
-def server(monkeypatch, tmp_path):
-    with running() as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.url)
-        monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
-        monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "hf" / "token"))
-        yield server
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, tiny_model):
-    folder = tmp_path_factory.mktemp("trained")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KTO_STUDIO_RUNS", str(folder))
-        return make_run(folder / "a-run", tiny_model, str(tiny_model))
-
-
-@pytest.fixture
-def run(trained, tmp_path):
-    """A copy of a trained run, so that each test has its own exports."""
-    from kto_core.runs.folders import find
-
-    shutil.copytree(trained.path, tmp_path / "a-run")
-    return find(str(tmp_path / "a-run"))
-
-
-def write_gguf(path, model: str = "x") -> None:
-    """A GGUF without weights: enough to be read, uploaded and described."""
-    import gguf
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_name(model)
-    writer.add_file_type(7)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(["<s>", "</s>", "a"])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
-    writer.add_chat_template("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>{% endfor %}"
-                             "{% if add_generation_prompt %}<|assistant|>{% endif %}")  # fmt: skip
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
 
 # ---- what arrives ---------------------------------------------------------------------------------------------------
 
@@ -136,16 +82,6 @@ def test_the_card_has_the_verdict_on_its_adapter(run):
     assert "may have been trained on" in card_of(run)
     keeping.write(run.path, RESULT, "another adapter")
     assert "## Verdict" not in card_of(run)
-
-
-def continued(run, adapter, **values):
-    """The run, as if it had gone on from an adapter."""
-    from kto_core.config.resolving import save_config
-
-    resolved = run.config()
-    config = resolved.config.model_copy(update={"adapter": str(adapter), **values})
-    save_config(replace(resolved, config=config), run.path / "config.yaml")
-    return run
 
 
 def test_the_card_names_the_run_that_it_went_on_from(run, tmp_path):
@@ -244,12 +180,6 @@ def test_a_card_of_somebody_else_is_left_alone(server, run):
 # ---- refusals -------------------------------------------------------------------------------------------------------
 
 
-def refused(run, match: str, repo: str = REPO, token: str | None = TOKEN, **more) -> str:
-    with pytest.raises(HubError, match=match) as caught:
-        publish.push(run, repo, token=token, **more)
-    return str(caught.value)
-
-
 def test_without_a_token(server, run):
     assert not publish.token_present()
     refused(run, "^No access token found.*HF_TOKEN", token=None)
@@ -286,7 +216,7 @@ def test_other_answers(server, run):
     refused(run, r"^jane/tuned does not exist, or this token cannot access it \(404\)")
     server.fail = {"/commit/": 400}
     refused(run, r"^The Hub returned an error for jane/tuned \(400\)")
-    assert not server.repos[REPO].commits
+    assert REPO not in server.repos
 
 
 def test_no_network(server, run, monkeypatch):
@@ -309,7 +239,7 @@ def test_cancel_publishes_nothing(server, run):
     with pytest.raises(Cancelled):
         publish.push(run, REPO, token=TOKEN, cancel=cancel)
     server.stall.clear()
-    assert server.uploading.is_set() and not server.repos[REPO].commits and not server.repos[REPO].files
+    assert server.uploading.is_set() and REPO not in server.repos
 
 
 # ---- the token ------------------------------------------------------------------------------------------------------
@@ -352,5 +282,5 @@ def test_the_token_is_nowhere(server, run, tmp_path, monkeypatch, capfd):
 def test_tokens_with_blanks_are_refused_without_a_request(server):
     for token in ("hf_a b", "hf_ä", "hf_a\nb"):
         with pytest.raises(HubError, match="characters"):
-            hub.require(REPO, token)
-    assert hub.require(f" {REPO} ", f" {TOKEN}\n") == (REPO, TOKEN)
+            upload.require(REPO, token)
+    assert upload.require(f" {REPO} ", f" {TOKEN}\n") == (REPO, TOKEN)

@@ -215,7 +215,8 @@ def test_no_folder_of_this_machine_is_published(tmp_path, tiny_model):
     config = json.loads((run.adapter / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = str(tiny_model)
     (run.adapter / "adapter_config.json").write_text(json.dumps(config))
-    sent = {name: path for path, name in publish._adapter_files(run, run.adapter, "adapter/")}
+    files = publish._adapter_files(run, run.adapter, publish.public_base(run), "adapter/")
+    sent = {name: path for path, name in files}
     assert json.loads(sent["adapter/adapter_config.json"].read_text())["base_model_name_or_path"] == tiny_model.name
     for path in sent.values():
         if path.suffix in (".json", ".jinja"):

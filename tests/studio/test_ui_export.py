@@ -1,5 +1,6 @@
 """The Export tab and the view of long jobs: what they show, and a GGUF made, checked and downloaded in a browser."""
 
+import json
 import threading
 from pathlib import Path
 
@@ -39,6 +40,15 @@ def test_files_have_ids_and_no_path_is_one(folder):
     for bad in (None, "", str(path), "../run/exports/gguf/m-q8_0.gguf", "config.yaml"):
         with pytest.raises(ExportError):
             view.by_id(bad, folder)
+
+
+def test_what_ollama_does_otherwise_is_shown_once_and_escaped(folder):
+    manifest = {"m-q8_0.gguf": {"remarks": ["No <tools>."]}, "m-f16.gguf": {"remarks": ["No <tools>."]}, "old": {}}
+    (folder / "exports" / "gguf" / "manifest.json").write_text(json.dumps(manifest))
+    assert view.remarks(folder) == ["No <tools>."] and view.remarks(folder / "none") == []
+    shown = view.facts({"model": "m", "state": "finished", "remarks": view.remarks(folder)})
+    assert "Ollama: 1 remark<" in shown and "No &lt;tools&gt;." in shown
+    assert "Ollama" not in view.facts({"model": "m", "state": "finished"})
 
 
 @pytest.mark.parametrize("name", [None, "", "..", "../x", "/etc", "a/b"])

@@ -33,7 +33,10 @@ class FakeHub(ThreadingHTTPServer):
         self.objects: dict[str, bytes] = {}  # large files by sha256, published or not
         self.requests: list[tuple[str, str, str]] = []
         self.bodies: list[bytes] = []  # of commits
-        self.fail: dict[str, int] = {}  # part of a path -> status
+        self.fail: dict = {}  # part of a path -> status, or (status, message), or (status, message, so many times)
+        self.headers: dict[str, str] = {}  # of those answers
+        self.scoped: list | None = None  # of a fine-grained token: [{entity, permissions}]
+        self.made: list[tuple[str, bool]] = []  # repositories as they were created: (name, private)
         self.stall = threading.Event()
         self.uploading = threading.Event()
 
@@ -74,6 +77,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_PUT(self):
         self.answer("PUT")
 
+    def do_DELETE(self):
+        self.answer("DELETE")
+
     # ---- one request
 
     def answer(self, method: str) -> None:
@@ -81,19 +87,33 @@ class Handler(BaseHTTPRequestHandler):
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         self.server.requests.append((method, path, token))
         body = self.body()
-        for part, status in self.server.fail.items():
+        for part, told in list(self.server.fail.items()):
             if part in path:
-                return self.reply(status, {"error": f"told to fail with {status}, token {token}"})
+                status, *more = told if isinstance(told, tuple) else (told,)
+                said = more[0] if more else f"told to fail with {status}, token {token}"
+                if len(more) > 1:  # so many times
+                    self.server.fail[part] = (status, said, more[1] - 1)
+                    if more[1] == 1:
+                        del self.server.fail[part]
+                return self.reply(status, {"error": said}, self.server.headers)
         if path.startswith("/lfs/"):
             return self.store(path, body)
         if token not in USERS:
             return self.reply(401, {"error": "Invalid username or password."})
         if path == "/api/whoami-v2":
-            return self.reply(200, {"type": "user", "name": "jane", "auth": {"type": "access_token"}})
+            rights = {"displayName": "t", "role": USERS[token]}
+            if self.server.scoped is not None:
+                rights = {"role": "fineGrained", "fineGrained": {"global": [], "scoped": self.server.scoped}}
+            auth = {"type": "access_token", "accessToken": rights}
+            return self.reply(200, {"type": "user", "name": "jane", "orgs": [], "auth": auth})
         if path == "/api/validate-yaml":
             return self.reply(200, {"errors": [], "warnings": []})
         if path == "/api/repos/create":
             return self.create(json.loads(body), token)
+        if path == "/api/repos/delete":
+            asked = json.loads(body)
+            del self.server.repos[f"{asked.get('organization') or 'jane'}/{asked['name']}"]
+            return self.reply(200, {})
         name, rest = self.split(path)
         repo = self.server.repos.get(name)
         if repo is None:
@@ -101,9 +121,13 @@ class Handler(BaseHTTPRequestHandler):
         if "/resolve/" in rest:
             return self.resolve(repo, rest.partition("/resolve/main/")[2])
         if method == "GET":
-            return self.reply(200, {"id": name, "private": repo.private, "sha": "0" * 40, "siblings": []})
+            there = [{"rfilename": file} for file in (".gitattributes", *repo.files)]
+            return self.reply(200, {"id": name, "private": repo.private, "sha": "0" * 40, "siblings": there})
         if not self.may_write(name, token):
             return self.reply(403, {"error": "You don't have the rights to write here."})
+        if rest == "/settings":
+            repo.private = json.loads(body)["visibility"] == "private"
+            return self.reply(200, {})
         if rest.startswith("/preupload/"):
             return self.preupload(repo, json.loads(body))
         if rest == ".git/info/lfs/objects/batch":
@@ -153,6 +177,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply(409, {"error": "You already created this repo", "url": f"{self.server.url}/{name}"})
         private = asked.get("private") or asked.get("visibility") == "private"
         self.server.repos[name] = Repo(bool(private))
+        self.server.made.append((name, bool(private)))
         return self.reply(200, {"url": f"{self.server.url}/{name}", "name": name, "id": name})
 
     def preupload(self, repo: Repo, asked: dict) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from kto_core.errors import ExportError, ModelError
@@ -13,6 +13,7 @@ from . import layout
 from .writing import FTYPES
 
 BOS_PRE = ("llama3", "llama-v3", "llama-bpe")  # BPE tokenizers to which llama.cpp adds a BOS by default
+SAMPLING = "general.sampling."
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,8 @@ class Facts:
     eos_text: str
     add_bos: bool  # llama.cpp and Ollama put a BOS before the text
     pre: str
+    context: int | None = None  # tokens that the model was made for
+    sampling: dict[str, float | int] = field(default_factory=dict)  # the model's own, by llama.cpp's names
 
 
 def read_facts(path: str | os.PathLike) -> Facts:
@@ -59,12 +62,14 @@ def read_facts(path: str | os.PathLike) -> Facts:
             # what llama.cpp does where the file does not say
             add_bos=bool(get("tokenizer.ggml.add_bos_token", get("tokenizer.ggml.model") == "llama" or pre in BOS_PRE)),
             pre=pre,
+            context=get(f"{get('general.architecture', '')}.context_length"),
+            sampling={k.removeprefix(SAMPLING): v for k, v in found.items() if k.startswith(SAMPLING)},
         )
     except (OSError, ValueError, MemoryError) as e:
         raise ExportError(f"{Path(path).name} is not a complete GGUF file ({e}). Create it again.") from e
 
 
-def render(facts: Facts, messages: list[dict], generation: bool = True) -> str:
+def render(facts: Facts, messages: list[dict], generation: bool = True, tools: list[dict] | None = None) -> str:
     """Messages through the file's own chat template, as transformers renders it, sandboxed and bounded.
 
     Raises:
@@ -78,7 +83,7 @@ def render(facts: Facts, messages: list[dict], generation: bool = True) -> str:
         raise ExportError("This GGUF file has no chat template, so it cannot be used for chat. Create it again.")
     tokens = {"bos_token": facts.bos_text, "eos_token": facts.eos_text}
     try:
-        return rendered(facts.template, messages, None, generation, **tokens)
+        return rendered(facts.template, messages, tools, generation, **tokens)
     except (jinja2.TemplateError, TypeError, ValueError, KeyError, ModelError) as e:
         raise ExportError(f"The file's chat template cannot be rendered: {e}.".replace("..", ".")) from e
 

@@ -37,8 +37,16 @@ class Cyllama:
         native.ggml_backend_load_all()
         params = native.LlamaModelParams()
         params.n_gpu_layers = 0  # the GPU may be somebody else's
+
+        class Model(native.LlamaModel):
+            """`get_logits_ith` looks for the size of the vocabulary here, where cyllama 0.2.18 does not have it."""
+
+            @property
+            def n_vocab(self) -> int:
+                return self.get_vocab().n_vocab
+
         try:
-            self.model = native.LlamaModel(path, params)
+            self.model = Model(path, params)
         except (ValueError, RuntimeError, OSError) as e:
             raise ExportError(f"llama.cpp cannot load {Path(path).name}: {e}. Create it again.") from e
         self.vocab = self.model.get_vocab()
@@ -60,6 +68,10 @@ class Cyllama:
 
     def next(self, token: int) -> int:
         return self.first([token])
+
+    def logits(self):
+        """Of the place that `first` or `next` came to: one number for each token."""
+        return self.context.get_logits_ith(-1)
 
     def forget(self) -> None:
         """What comes next is another text."""
@@ -97,6 +109,11 @@ class LlamaCppPython:
 
     def next(self, token: int) -> int:
         return self.first([token])
+
+    def logits(self):
+        """Of the place that `first` or `next` came to: one number for each token."""
+        found = self.native.llama_get_logits_ith(self.model.ctx, -1)
+        return found[: self.model.n_vocab()]
 
     def forget(self) -> None:
         """What comes next is another text."""

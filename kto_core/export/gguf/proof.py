@@ -15,7 +15,8 @@ from .writing import threads
 TOKENS = 48  # of the free answer
 SURE = 0.5  # difference of the two largest logits from which the merged model counts as decided
 ENOUGH = 10  # decided places, below which nothing follows from them
-RATES = {"f16": 0.99, "q8_0": 0.95}  # of decided places at which a kind's first choice is the merged model's
+# of decided places at which a kind's first choice is the merged model's
+RATES = {"f16": 0.99, "q8_0": 0.95, "q2_k": 0.6}
 RATE = 0.8  # of other kinds
 NOT_THERE = "not compared, because the merged model is not there"
 REFERENCE = "reference.json"  # beside the GGUF files: what the merged model says
@@ -45,7 +46,7 @@ def prove(
     Raises:
         ExportError: it is no GGUF file, or llama.cpp does not run it. Cancelled: ``cancel`` was set.
     """
-    expected = _reference(path.parent, merged, key, question, part_of(progress, 0.0, 0.4), cancel) if merged else {}
+    expected = reference(path.parent, merged, key, question, part_of(progress, 0.0, 0.4), cancel) if merged else {}
     given = expected.get("answers", [])
     # half: llama.cpp's threads wait for each other at every layer, and one that finds its core busy holds up all
     arguments = {"path": str(path), "prompt": question, "max_tokens": TOKENS, "threads": threads(0.5),
@@ -58,7 +59,7 @@ def prove(
         arguments = {"path": str(path), "merged": str(merged), "kind": kind}
         weights = child.call("export.gguf.tensors", "compare", arguments, what="The comparison of the weights",
                              progress=part_of(progress, 0.8, 1.0), cancel=cancel)  # fmt: skip
-    agreement = _agreement(found.pop("choices"), given)
+    agreement = agreement_of(found.pop("choices"), given)
     checks = [
         _template(found, expected),
         _tokens(found, expected),
@@ -80,7 +81,7 @@ def prove(
     }
 
 
-def _reference(folder: Path, merged: Path, key: str, question: str, progress: Progress, cancel) -> dict:
+def reference(folder: Path, merged: Path, key: str, question: str, progress: Progress, cancel) -> dict:
     """What the merged model says; kept beside the files, since all kinds are compared with the same."""
     kept = bounded.read_dict(folder / REFERENCE)
     if key and kept.get("key") == key and kept.get("question") == question:
@@ -163,7 +164,7 @@ def _weights(weights: dict | None, kind: str) -> dict:
     return _check(name, True, f"all {compared} tensors are your model's; a row differs by {worst:.1%} at most")
 
 
-def _agreement(choices: list[list[int]], given: list[dict]) -> dict | None:
+def agreement_of(choices: list[list[int]], given: list[dict]) -> dict | None:
     if not given:
         return None
     same = sure = undecided = 0

@@ -20,10 +20,17 @@ ROW_ERRORS = {
     "F32": 1e-6, "F16": 1.5e-3, "BF16": 8e-3, "Q8_0": 0.03, "Q6_K": 0.08, "Q5_K": 0.16, "Q5_0": 0.16, "Q5_1": 0.16,
     "Q4_K": 0.3, "Q4_0": 0.35, "Q4_1": 0.3, "Q3_K": 0.55, "Q2_K": 0.9, "IQ4_XS": 0.35, "IQ4_NL": 0.35,
 }  # fmt: skip
+WIDE = {"Q8_0", "Q5_0", "Q5_1", "F16"}  # what llama.cpp falls back to
 TYPES = {  # what a kind of file is made of; all of them may hold small tensors in F32
-    "f16": {"F16"}, "q8_0": {"Q8_0", "F16"}, "q5_k_m": {"Q5_K", "Q6_K", "Q8_0", "Q5_0", "Q5_1", "F16"},
-    "q4_k_m": {"Q4_K", "Q6_K", "Q5_K", "Q5_0", "Q5_1", "Q8_0", "Q4_0", "Q4_1", "F16"},
-}  # fmt: skip
+    "f16": {"F16"},
+    "q8_0": {"Q8_0", "F16"},
+    "q6_k": {"Q6_K", "Q8_0", "F16"},
+    "q5_k_m": {"Q5_K", "Q6_K"} | WIDE,
+    "q4_k_m": {"Q4_K", "Q6_K", "Q5_K", "Q4_0", "Q4_1"} | WIDE,
+    "iq4_xs": {"IQ4_XS", "IQ4_NL", "Q4_K", "Q5_K", "Q6_K"} | WIDE,
+    "q3_k_m": {"Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q4_0", "IQ4_NL"} | WIDE,
+    "q2_k": {"Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q4_0", "IQ4_NL"} | WIDE,
+}
 KNOWN = {"llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "olmo2", "granite", "mistral3", "stablelm"}
 NOTHING: dict = {
     "compared": 0,

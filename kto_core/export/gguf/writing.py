@@ -14,9 +14,24 @@ from kto_core.jobs import Progress, no_progress
 
 from .converter import converter
 
-QUANTS = {"f16": 2.0, "q8_0": 1.07, "q5_k_m": 0.75, "q4_k_m": 0.65}  # bytes a weight, a little more than is written
-FTYPES = {"f16": 1, "q8_0": 7, "q4_k_m": 15, "q5_k_m": 17}  # llama.h: enum llama_ftype
+# Kinds of files: bytes a weight, a little more than is written, where rows are multiples of 256 weights; and where they
+# are not, since llama.cpp then stores them in a wider type. Kinds that need an importance matrix are not here: cyllama
+# cannot take one (llama.cpp refuses iq2_m without).
+QUANTS = {
+    "f16": 2.0, "q8_0": 1.07, "q6_k": 0.85, "q5_k_m": 0.75, "q4_k_m": 0.65, "iq4_xs": 0.58, "q3_k_m": 0.54,
+    "q2_k": 0.46,
+}  # fmt: skip
+WIDER = {"q6_k": 1.07, "q5_k_m": 0.87, "q4_k_m": 0.81, "iq4_xs": 0.75, "q3_k_m": 0.75, "q2_k": 0.75}
+FTYPES = {  # llama.h: enum llama_ftype
+    "f16": 1, "q8_0": 7, "q2_k": 10, "q3_k_m": 12, "q4_k_m": 15, "q5_k_m": 17, "q6_k": 18, "iq4_xs": 30,
+}  # fmt: skip
+ROW = 256  # weights of a block of the k and i types
 FULL = 20_000_000  # bytes; a disk with less is full
+
+
+def per_weight(quant: str, *widths: int) -> float:
+    """Bytes a weight of a kind, for a model whose rows have these numbers of weights (none: unknown)."""
+    return WIDER.get(quant, QUANTS[quant]) if any(w % ROW for w in widths) else QUANTS[quant]
 
 
 def known(quants) -> list[str]:
