@@ -63,9 +63,13 @@ class HeldOut:
             for label in labels:
                 asked_of[label] += 1
         kept.sort()
-        rows, encoded, questions = ([of[i] for i in kept] for of in (self.rows, self.encoded, self.questions))
-        unused = len(self.rows) - len(kept)
-        return replace(self, rows=rows, encoded=encoded, questions=questions, unused=unused)
+        return replace(
+            self,
+            rows=[self.rows[i] for i in kept],
+            encoded=[self.encoded[i] for i in kept],
+            questions=[self.questions[i] for i in kept],
+            unused=len(self.rows) - len(kept),
+        )
 
 
 def find(

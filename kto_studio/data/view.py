@@ -88,7 +88,7 @@ def summary(report: Report) -> str:
     out = report.left_out
     why = f"{sum(out.values()):,} left out: " + ", ".join(f"{n:,} {reason}" for reason, n in out.items()) if out else ""
     cells = [("Rows", f"{report.rows:,}", "", "Rows in the file"),
-             ("Will train", f"{sum(report.fitting):,}", "", "Rows that a run trains on, or validates with"),
+             ("Usable", f"{sum(report.fitting):,}", "", "Rows that a run trains on or validates with"),
              ("Left out", f"{sum(out.values()):,}", "warn" if out else "", why or "No row is left out"),
              ("Duplicates", f"{report.duplicates:,}", "", "Rows identical to an earlier one; they are trained on"),
              ("Contradictions", f"{report.conflicts:,}", "warn" if report.conflicts else "",
@@ -140,7 +140,7 @@ def balance(report: Report) -> str:
         says = "KTO needs both good and bad rows."
     none = "" if good + bad else " none"
     return (
-        '<h2 class="card-title">Labels <span>of the rows that will train</span></h2>'
+        '<h2 class="card-title">Labels <span>of the usable rows</span></h2>'
         f'<div class="balance{none}" role="img" aria-label="{text}"><i style="width:{share:.2f}%"></i></div>'
         f'<div class="balance-legend"><span><i class="dot good"></i>👍 Good <b>{good:,}</b> ({share:.0f} %)</span>'
         f'<span><i class="dot bad"></i>👎 Bad <b>{bad:,}</b> ({100 - share if good + bad else 0:.0f} %)</span></div>'

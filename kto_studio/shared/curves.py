@@ -45,6 +45,7 @@ class Curve:
     help: str = ""
     x: str = "step"
     log: bool = False  # the horizontal axis
+    least: float = 0  # that the vertical axis spans: less is rounding
     thin: Callable[[list[Point]], list[Point]] = field(default=lambda points: points)
 
     def at(self, x: float) -> float:
@@ -119,13 +120,13 @@ def _ends(c: Curve) -> Range:
     return min(c.at(points[0][0]) for points in there), max(c.at(points[-1][0]) for points in there)
 
 
-def _span(values: Sequence[float]) -> Range:
+def _span(values: Sequence[float], least: float = 0) -> Range:
     """The vertical axis: all values with some air, and no magnifying of what is nearly the same."""
     low, high = min(values), max(values)
     size = max(abs(low), abs(high))
     if size == 0:
-        return 0.0, 1.0
-    air = max((high - low) * 0.06, (LEAST * size - (high - low)) / 2)
+        return 0.0, least or 1.0
+    air = max((high - low) * 0.06, (max(least, LEAST * size) - (high - low)) / 2)
     return low - air, high + air
 
 
@@ -134,7 +135,7 @@ def _figure(c: Curve, zoom: Range | None) -> str:
     zoom = zoom if zoom and zoom[0] < last and zoom[1] > first else None
     low, high = zoom or (first, last if last > first else first + 1)
     lines = [Line(w.name, w.color, _finite(c.thin(_within(c, w.points, zoom)))) for w in c.lines]
-    bottom, top = _span([y for line in lines for _, y in line.points] or [0.0])
+    bottom, top = _span([y for line in lines for _, y in line.points] or [0.0], c.least)
     across = [p for p in ticks(low, high, 5) if c.log or p == round(p)]
     up = ticks(bottom, top)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from kto_core.runs.events import RunState, spaced
 from kto_studio.shared import curves, views
 
+LEAST = 0.01  # of rewards: what half precision makes of nothing is no curve
 HELP = {
     "loss": "Starts at 0.5; lower is better.",
     "rewards": "How much likelier the answers became; good should rise above bad.",
@@ -35,8 +36,9 @@ def made(state: RunState) -> list[curves.Curve]:
 def _curve(state: RunState, name: str) -> curves.Curve:
     title, series = views.CURVES[name]
     lines = [curves.Line(shown, views.COLORS[shown], state.series(metric)) for metric, shown in series.items()]
+    least = LEAST if name in ("rewards", "margin", "kl") else 0
     unit = views.UNITS.get(name, "")
-    return curves.Curve(f"plot-{name}", title, lines, unit, HELP.get(name, ""), thin=_thinned)
+    return curves.Curve(f"plot-{name}", title, lines, unit, HELP.get(name, ""), least=least, thin=_thinned)
 
 
 def _thinned(points: list) -> list:

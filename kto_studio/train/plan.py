@@ -162,8 +162,8 @@ def _quick_view(c, known, remarks: str, card: gpus.Device | None = None) -> str:
     if report.problem:
         return note(in_app(report.problem), "bad")
     tokens = report.lengths_unit == "tokens"
-    rows = sum(report.fitting)
-    held = splitting.expected(*report.fitting, c.test_size)
+    good, bad = report.fitting
+    rows, held = good + bad, splitting.expected(good, bad, c.test_size)
     lengths = sorted(min(n if tokens else n // LETTERS + 1, c.max_length) for n in report.row_lengths)
     plan = memory_plan.plan(c, thin(lengths, SAMPLE), device=card)
     about = "" if tokens else "~"
@@ -180,7 +180,7 @@ def _quick_view(c, known, remarks: str, card: gpus.Device | None = None) -> str:
     told = [] if tokens else ["This is an estimate. Press <b>Check settings</b> for exact numbers."]
     said = " ".join(told + memory_plan.remarks(plan.sharded, plan.offload, c.num_gpus))
     shown = _plan(facts, plan.verdict, plan.predicted_gib, plan.available_gib, plan.advice, said + remarks)
-    few = f"Only {rows:,} rows will train: expect little of so few." if rows < FEW else ""
+    few = f"Only {rows:,} usable rows: expect little of so few." if rows < FEW else ""
     return shown + _gauge(gauge) + "".join(map(note, filter(None, (uneven, few))))
 
 

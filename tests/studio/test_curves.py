@@ -111,3 +111,11 @@ def test_tiles_have_no_sign_before_nothing():
     shown = views.tiles(state({"kind": "metric", "step": 1, "loss": 0.5, "rewards/margins": -1e-9, "kl": -0.0,
                                "learning_rate": 0.0, "eval_loss": 0.3}))  # fmt: skip
     assert "-0" not in shown and "e+00" not in shown and "Val. loss" in shown
+
+
+def test_rounding_in_a_reward_is_no_curve():
+    """KL of 2e-7 at the first step: the axis keeps a size that means something."""
+    ran = state(*({"kind": "metric", "step": i + 1, "loss": 0.5, "kl": kl} for i, kl in enumerate([2.4e-7, 0.0, 0.0])))
+    (kl,) = (c for c in curves_view.made(ran) if c.id == "plot-kl")
+    axis = re.findall(r'style="top:[^"]+">([^<]+)<', curves.view([kl]))
+    assert axis and not any("e-" in text for text in axis), axis

@@ -91,12 +91,11 @@ def write_logits(merged: str, given: list[dict], out: str) -> None:
     """
     import numpy as np
     import torch
-    from transformers import AutoModelForCausalLM
 
     from kto_core.models.load import load_whole
 
     tell(None, "Loading the merged model…")
-    model: Any = load_whole(AutoModelForCausalLM, Path(merged), dtype="auto", use_safetensors=True)
+    model: Any = load_whole(Path(merged), dtype="auto", use_safetensors=True)
     if torch.finfo(model.dtype).bits == 16:
         model = model.float()
     parts = []
