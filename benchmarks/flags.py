@@ -1,9 +1,12 @@
-"""Names in a flag, separated by commas, as several of the scripts take them."""
+"""What several of the scripts share: names in a flag, separated by commas, and settings of a run that is its steps."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Collection
+
+# of a run whose steps are measured: no search for a rate before them, no verdict after them, all rows trained on
+STEPS_ALONE = {"learning_rate": 5e-7, "test_size": 0.0, "verdict": False}
 
 
 def listed(text: str) -> list[str]:

@@ -35,6 +35,8 @@ def held() -> dict[str, float]:
 
 def one_round(args, model: str):
     """Yields the name of each step once it is done."""
+    from flags import STEPS_ALONE
+
     from kto_core.chat import chat
     from kto_core.config import resolving
     from kto_core.export.export import merge
@@ -42,6 +44,7 @@ def one_round(args, model: str):
     from kto_core.training import start as starting
 
     overrides = {"model": model, "data": args.data, "max_steps": args.steps, "save_steps": 10**6}
+    overrides |= STEPS_ALONE
     run = folders.create(resolving.resolve(args.preset, overrides))
     starting.start(run, block=True)
     state = run.state()

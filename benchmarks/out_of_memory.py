@@ -47,13 +47,15 @@ def limit_after(run_dir: Path, steps: int, gib: float, done: threading.Event) ->
 
 def one(args, model: str, then_gib: float | None) -> dict:
     """One run; its state, error, losses and what the log says of memory."""
+    from flags import STEPS_ALONE
+
     from kto_core.config import resolving
     from kto_core.runs import events
     from kto_core.training import train
 
     run_dir = Path(tempfile.mkdtemp(prefix="kto-oom-"))
     overrides = {"model": model, "data": args.data, "max_steps": args.steps, "save_steps": 10**6, "engine": args.engine}
-    overrides |= {"output_dir": str(run_dir), "num_train_epochs": 100}
+    overrides |= {"output_dir": str(run_dir), "num_train_epochs": 100, **STEPS_ALONE}
     overrides |= {k: v for k in CHANGES if (v := getattr(args, k)) is not None}
     resolved = resolving.resolve(args.preset, overrides).config
     done = threading.Event()

@@ -38,6 +38,7 @@ def one(args) -> dict:
         import_first()
     import shapes
     import torch
+    from flags import STEPS_ALONE
 
     from kto_core.config import resolving
     from kto_core.hardware import gpus as hardware
@@ -60,6 +61,7 @@ def one(args) -> dict:
         "save_steps": 10**6,
         "engine": args.engine,
         "num_train_epochs": 100,
+        **STEPS_ALONE,
     }
     if args.max_length:
         overrides["max_length"] = args.max_length
