@@ -47,7 +47,7 @@ def test_open_webui_thoughts_are_told_from_the_answer(tmp_path):
     [
         ({"content": '<details type="tool_calls" id="1"></details>Done.'}, "tool_calls not understood"),
         ({"content": '<details type="code_interpreter">x</details>Done.'}, "a part of a message is not understood"),
-        ({"files": [{"type": "image", "url": "x"}]}, "images, video or sound, which need a model that sees or hears"),
+        ({"files": [{"type": "image", "url": "x"}]}, "images, video or sound, and training uses text only"),
         ({"parentId": "lost"}, "a message of the chat is missing"),
         ({"annotation": {"rating": 3}}, "label not understood"),
         ({"parentId": "a"}, "a message of the chat is missing"),
