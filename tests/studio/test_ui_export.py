@@ -195,7 +195,7 @@ def test_gguf_is_made_checked_and_downloaded(clean_jobs, trained):
         page.locator("#export-facts").get_by_text("finished").wait_for()
         assert page.locator("#export-run input").input_value() == f"Run {trained.id}"
         for label, wanted in (("q8_0", True), ("q4_k_m", False)):
-            page.locator("#export-quants label").filter(has_text=label).locator("input").set_checked(wanted)
+            page.locator(f"#export-quants input[name={label}]").set_checked(wanted)
         page.locator("#export-disk").get_by_text("are free").wait_for()
         page.locator("#export-gguf").click()
         page.get_by_role("progressbar").wait_for()
