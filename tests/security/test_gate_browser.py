@@ -214,7 +214,7 @@ def test_logout_asks_and_ends_this_browsers_session(public, window):
 
 
 def walk_tabs(page, folder) -> None:
-    """All tabs: an upload and its report, a message, what Export shows, the settings, and the dark page."""
+    """All tabs: an upload and its report, a message, what Export shows, the theme, and the dark page."""
     for name in ("Train", "Chat", "Export", "Data"):
         browser.tab(page, name)
         page.locator(f"#tab-{name.lower()}").wait_for()
@@ -227,8 +227,8 @@ def walk_tabs(page, folder) -> None:
     assert "no row" in download.value.path().read_text() or download.value.path().stat().st_size
     page.locator("#data-table", has_text="Q1?").wait_for()
     page.locator("#data-table tr[data-index]").first.click()
-    page.get_by_role("button", name="Settings").last.click()
-    page.get_by_text("Display Theme").wait_for()
+    page.locator(".theme-toggle[aria-label='Dark theme']").click()
+    page.locator(".theme-toggle[aria-label='Light theme']").click()
 
 
 @pytest.mark.parametrize("mode", ["public", "local"])
