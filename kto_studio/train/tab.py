@@ -131,7 +131,7 @@ def _data_line(form: dict, data_id: str) -> str:
     if found.report is not None:
         good, bad = found.report.fitting
         out = sum(found.report.left_out.values())
-        rest = f"{good + bad:,} usable rows: {good:,} 👍 Good, {bad:,} 👎 Bad" + (f"; {out:,} left out" if out else "")
+        rest = f"{good + bad:,} rows: {good:,} 👍 Good, {bad:,} 👎 Bad" + (f"; {out:,} left out" if out else "")
     else:
         rest = found.problem or (found.reading.error if found.reading else "") or "still being read"
     return f'<div class="note"><b>{html.escape(name)}</b><br>{prose(rest)}</div>'
