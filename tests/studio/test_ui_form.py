@@ -107,8 +107,8 @@ def test_problems_are_shown_at_once_and_nothing_starts(page):
     before = len(folders.list_runs())
     fill(page, beta=-1, max_length=3)
     alert = page.locator("#train-plan [role=alert]")
-    alert.get_by_text("max_length").wait_for()
-    assert "beta" in alert.inner_text()
+    alert.get_by_text("Maximum length").wait_for()
+    assert "Beta" in alert.inner_text()
     page.locator("#train-start").click()
     page.locator(".toast-body.error").wait_for()
     page.locator("#train-start", has_text="Start training").wait_for()  # and not "Starting…" for good
