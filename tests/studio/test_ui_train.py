@@ -57,8 +57,11 @@ def test_a_run_from_start_to_resume(page, chromium, url):
         page.locator(".run-id", has_text=new).wait_for()  # the page lets go of it with its next tick
 
         second.locator("#train-stop").click()
-        stopped = in_state(second, "stopped")
-        assert in_state(page, "stopped") == stopped
+        in_state(second, "stopped")
+        in_state(page, "stopped")
+        stopped = browser.until(  # each window with a tick of its own
+            lambda: (step := in_state(page, "stopped")) == in_state(second, "stopped") and step
+        )
     assert folders.find(new).checkpoints(), "a stop saves"
 
     page.locator("#train-resume").click()
