@@ -104,10 +104,6 @@ def page_of(browser, url: str, *, width: int = 1280, height: int = 900, dark: bo
     try:
         yield page
         assert not problems, problems
-    except Exception as e:
-        with contextlib.suppress(Exception):
-            e.add_note(f"On the page {page.url}:\n{page.inner_text('body', timeout=5000)[:4000]}")
-        raise
     finally:
         context.close()
 
