@@ -41,15 +41,9 @@ def measured(architecture: str, dtype: str, device: str) -> dict:
     exact = model.float().to(device).eval()
     prompts, completions, _ = oracle.random_rows(ROWS)
 
-    def logp(m, prompt, completion) -> float:
-        ids = torch.tensor(np.concatenate([prompt, completion]).astype(np.int64), device=device)
-        table = torch.log_softmax(m(input_ids=ids[None], use_cache=False).logits[0].double(), -1)
-        at = torch.arange(len(prompt) - 1, len(ids) - 1, device=device)
-        return float(table[at, ids[len(prompt) :]].sum())
-
     def plain(m) -> np.ndarray:
         with torch.no_grad():
-            return np.array([logp(m, p, c) for p, c in zip(prompts, completions, strict=True)])
+            return np.array([float(oracle.logp(m, p, c)) for p, c in zip(prompts, completions, strict=True)])
 
     torch.backends.cuda.enable_cudnn_sdp(False)  # as `hardware.prepare` does
     truth = plain(exact)

@@ -37,7 +37,8 @@ def z0(kl, kl_reference) -> float:
 
 def logp(model, prompt, completion) -> torch.Tensor:
     """Sum over the completion's tokens of log p(token | everything before it); the model's own plain forward."""
-    ids = torch.tensor(np.concatenate([prompt, completion]).astype(np.int64))[None]
+    device = next(model.parameters()).device
+    ids = torch.tensor(np.concatenate([prompt, completion]).astype(np.int64), device=device)[None]
     table = torch.log_softmax(model(input_ids=ids, use_cache=False).logits[0].double(), -1)
     return sum(table[len(prompt) - 1 + t, int(token)] for t, token in enumerate(completion))
 
