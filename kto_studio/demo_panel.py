@@ -18,6 +18,7 @@ from kto_core.runs import folders
 from kto_core.runs.run import Run
 from kto_studio.shared import jobs_view, live
 from kto_studio.shared.context import QUICK, Context, Event
+from kto_studio.shared.marks import mark
 
 JOB = "Demo "
 RESULT = "demo.json"  # in the run's folder
@@ -42,7 +43,7 @@ def build(ctx: Context) -> None:
         with gr.Row(visible=False, elem_id="demo-next") as onward:
             watch = gr.Button("Open in Train", scale=0, min_width=170, elem_id="demo-watch")
             chat = gr.Button("Chat with it", scale=0, min_width=130, elem_id="demo-chat", visible=False)
-    seen = gr.State(None)
+    seen = mark()
     outputs = [start, result, onward, chat, seen]
 
     def run():

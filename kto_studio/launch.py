@@ -16,6 +16,7 @@ from kto_studio.data import tab as data_tab
 from kto_studio.export import tab as export_tab
 from kto_studio.shared import data_sources, live, model_choices, temporary, views
 from kto_studio.shared.context import Context
+from kto_studio.shared.marks import mark
 from kto_studio.train import tab as train_tab
 
 from . import demo_panel
@@ -145,7 +146,7 @@ def build(*, demo: bool = False, public: bool = False) -> gr.Blocks:
 
 def _header(ctx: Context, status: gr.HTML) -> None:
     """The chip at the top right: what runs now, and on which device. Redrawn only when its text changes."""
-    shown = gr.State("")
+    shown = mark()
 
     def tick(before: str):
         run = live.active()

@@ -13,6 +13,7 @@ from kto_core.data import feedback
 from kto_core.errors import Cancelled, ModelError
 from kto_studio.shared import model_choices
 from kto_studio.shared.context import QUICK, Context, Event, error
+from kto_studio.shared.marks import mark
 
 from . import layout, session, view
 from .session import BASE, BOTH, TUNED, Settings
@@ -214,7 +215,7 @@ def _mended(chosen: str | None):
 
 
 def _loading(ctx: Context, model, checkpoint, load, unload, state) -> None:
-    seen, listed = gr.State(""), gr.State(())
+    seen, listed = mark(), mark()
 
     def tick(before: str, known: tuple | None, chosen: str):
         loaded, job = chat.current(), model_choices.loading()

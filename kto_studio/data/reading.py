@@ -15,6 +15,7 @@ from kto_core.data.records import scales
 from kto_core.data.report import Report
 from kto_studio.shared import readings
 from kto_studio.shared.context import DIRECT, QUICK, Context, Event, lenient
+from kto_studio.shared.marks import mark
 from kto_studio.shared.prose import note
 
 from . import jobs, view
@@ -50,7 +51,7 @@ def panel(ui) -> None:
         with gr.Row():
             ui.apply = gr.Button("Apply", variant="primary", size="md", elem_id="data-apply")
             ui.uncut = gr.Button("Remove thresholds", size="md", visible=False, elem_id="data-uncut")
-    ui.read_as = gr.State(None)
+    ui.read_as = mark()
 
 
 def _about(target: str) -> str:

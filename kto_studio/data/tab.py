@@ -11,6 +11,7 @@ from kto_core.data import pages
 from kto_core.errors import DataError
 from kto_studio.shared import data_sources, temporary, views
 from kto_studio.shared.context import DIRECT, QUICK, Context, Event, quiet
+from kto_studio.shared.marks import mark
 from kto_studio.shared.prose import note
 
 from . import fields, findings, jobs, layout, reading
@@ -23,8 +24,8 @@ SHORT = 0.12  # seconds an action waits for a job before it shows a progress bar
 def build(ctx: Context) -> None:
     ui = SimpleNamespace()
     layout.page(ui, reading.panel)
-    ui.page, ui.seen, ui.told = gr.State(0), gr.State(None), gr.State("")
-    ui.listed, ui.opened = gr.State(None), gr.State(None)  # what table and row were made of
+    ui.page, ui.seen, ui.told = gr.Number(0, visible=False, precision=0), mark(), mark()
+    ui.listed, ui.sought, ui.opened = mark(), mark(), mark()  # of the table, of what was searched for, of the row
     _choosing(ctx, ui)
     _table_events(ctx, ui)
     _row_events(ctx, ui)
@@ -128,7 +129,7 @@ def _page(ui, found: jobs.Look, page: int, search: str, label: str, row: int | N
     """The table and its pager. ``page`` from 0, the nearest one where there is none; ``row``, from 1, is marked."""
     searched = bool((search or "").strip()) or label != "all"
     chosen = row - 1 if row else None
-    made_of = {ui.listed: _asked(found, search, label)}
+    made_of = {ui.listed: _asked(found, search, label), ui.sought: (search, label)}
     if (loaded := found.loaded) is None:
         rows = found.first or []
         text = (
@@ -194,11 +195,11 @@ def _choosing(ctx: Context, ui) -> None:
             **_row(ui, found, 1, model, view),
         }
 
-    def tick(data_id, model, limit, form, view, page, search, label, row, seen, told, listed, opened, read_as):
+    def tick(data_id, model, limit, form, view, page, search, label, row, seen, told, listed, sought, opened, read_as):
         found = _look(data_id, model, limit, wait=False)
         out = reading.shown(ui, found) if read_as != reading.signature(found) else {}
-        if listed != (asked := _asked(found, search, label)):
-            out |= _page(ui, found, page if listed and listed[-2:] == asked[-2:] else 0, search, label, row)
+        if listed != _asked(found, search, label):
+            out |= _page(ui, found, page if sought == (search, label) else 0, search, label, row)
         if _signature(found, form) == seen:
             if opened != _asked(found, row, model, view):
                 out |= _row(ui, found, row, model, view)
@@ -213,7 +214,7 @@ def _choosing(ctx: Context, ui) -> None:
         found = _look(data_id, model, limit)
         return {**_screen(ui, found, limit, model, form), **_row(ui, found, row, model, view)}
 
-    made_of = [ui.listed, ui.opened, ui.read_as]
+    made_of = [ui.listed, ui.sought, ui.opened, ui.read_as]
     ctx.on_load(show, everything, asked)
     ctx.chosen_data.change(ctx.guarded(show), asked, everything, **QUICK)
     ctx.on_tick(tick, everything, [*asked, ui.page, ui.search, ui.label, ui.row, ui.seen, ui.told, *made_of])
@@ -257,7 +258,7 @@ def _converting(found: jobs.Look, form: str) -> bool:
 
 def _table_events(ctx: Context, ui) -> None:
     asked = [ctx.chosen_data, ui.model, ui.limit, ui.page, ui.search, ui.label, ui.row]
-    shown = [ui.table, ui.page, ui.number, ui.back, ui.forth, ui.range, ui.listed]
+    shown = [ui.table, ui.page, ui.number, ui.back, ui.forth, ui.range, ui.listed, ui.sought]
 
     def turn(by: int | None):
         def turned(data_id, model, limit, page, search, label, row):

@@ -17,6 +17,7 @@ from kto_core.paths import is_hub_id
 from kto_core.runs import folders
 from kto_studio.shared import jobs_view, model_choices
 from kto_studio.shared.context import QUICK, Context
+from kto_studio.shared.marks import mark
 from kto_studio.shared.prose import note
 
 from . import view
@@ -41,7 +42,7 @@ def build(ctx: Context) -> None:
             files, empty = _download_controls()
             push = _push_controls()
     shown = [facts, disk, file, empty, *files, merge, convert, check, push[-1]]
-    version = gr.State(())  # of what the page shows
+    version = mark()  # of what the page shows
     with area:
         jobs_view.build(ctx, JOB)
     _refresh(ctx, chosen, run_id, quants, push[3], version, shown, disk)

@@ -148,7 +148,7 @@ class Context:
 
     def on_tick(self, fn: Callable, outputs, inputs=None) -> None:
         """Call ``fn(*inputs)`` every second. It must be pure and quick (< 20 ms): keep a signature of what was shown
-        in a gr.State and return gr.skip() when nothing is new.
+        in a `marks.mark` and return gr.skip() when nothing is new.
 
         A skipped output still costs the browser a copy of all that its component shows (seconds, with plots). So the
         timer asks all ticks at once and has a hidden number for each as its output, its bell; only a tick with

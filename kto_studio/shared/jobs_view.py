@@ -12,6 +12,7 @@ from kto_core import jobs
 from kto_core.jobs import duration
 
 from .context import Context
+from .marks import mark
 from .prose import prose
 
 SHOWN = 4  # newest jobs kept on the page
@@ -80,7 +81,7 @@ def build(ctx: Context, prefix: str, keep_done: bool = True) -> None:
         cancel = gr.Button(
             "Cancel", variant="stop", visible=False, scale=0, min_width=110, elem_id=f"cancel-{prefix.strip().lower()}"
         )
-    seen = gr.State("")
+    seen = mark()
 
     def tick(before: str):
         text = view([j for j in mine(prefix) if keep_done or j.state != "done"], prefix)

@@ -16,6 +16,7 @@ from kto_core.runs import run as runs
 from kto_core.training import start as starting
 from kto_studio.shared import curves, live, views
 from kto_studio.shared.context import DIRECT, QUICK, Context, quiet
+from kto_studio.shared.marks import mark
 from kto_studio.shared.prose import note
 
 from . import curves_view, rate_view, verdict_view
@@ -30,7 +31,7 @@ class Part:
     components: list
     key: Callable  # (run or None, *asked) -> tuple; a new one means new values
     values: Callable  # (run or None, *asked) -> list, one value a component
-    seen: gr.State
+    seen: gr.Textbox
     asked: list = field(default_factory=list)  # inputs of the page that key and values take beside the run
     made: tuple = (None, None)  # the newest key and its values: every open page asks for the same
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -57,7 +58,8 @@ class Shown:
     def everything(self, run_id: str) -> list:
         """Values of all outputs, after something was done."""
         run = chosen(run_id)
-        return [v for part in self.parts for v in (*part.values(run), part.key(run))]
+        keys = [part.key(run) for part in self.parts]  # before the values, which may be newer, and are then made anew
+        return [v for part, key in zip(self.parts, keys, strict=True) for v in (*part.values(run), key)]
 
 
 def build(ctx: Context) -> Shown:
@@ -118,7 +120,7 @@ def build(ctx: Context) -> Shown:
 
 
 def _part(components: list, key: Callable, values: Callable, asked: list | None = None) -> Part:
-    return Part(components, key, values, gr.State(None), asked or [])
+    return Part(components, key, values, mark(), asked or [])
 
 
 # ---- what is shown
@@ -277,7 +279,7 @@ def _wire(ctx: Context, shown: Shown, picker, buttons: dict, of_buttons) -> None
     buttons["other"].click(ctx.guarded(show_active), None, chosen_too, **QUICK)
     for part in shown.parts:
         ctx.on_tick(tick(part), [*part.components, part.seen], [ctx.chosen_run, part.seen, *part.asked])
-    seen = gr.State(None)
+    seen = mark()
     ctx.on_tick(stay, [ctx.chosen_run, seen], [ctx.chosen_run, seen])
     ctx.on_load(shown.everything, outputs, [ctx.chosen_run])
     # not as an input: Gradio refuses a request with a value that was in the list before the last tick only

@@ -15,6 +15,7 @@ from kto_core.runs import folders
 from kto_core.training import start as starting
 from kto_studio.shared import data_sources, live, model_choices
 from kto_studio.shared.context import QUICK, Context, Event
+from kto_studio.shared.marks import mark
 from kto_studio.shared.prose import in_app, prose
 
 from . import cache_view, plan, run_side
@@ -36,7 +37,7 @@ def build(ctx: Context) -> None:
         with gr.Column(scale=3, min_width=560, elem_id="train-run-side"):
             shown = run_side.build(ctx)
     ui.form = gr.State(train_form.empty())
-    ui.seen = gr.State(None)  # what the plan was made of
+    ui.seen = mark()  # what the plan was made of
     ui.kept = ctx.form
     _form_events(ctx, ui)
     _start_events(ctx, ui, shown)
@@ -221,7 +222,7 @@ def _form_events(ctx: Context, ui) -> None:
         out[0] = out[2] = gr.skip()  # the form is as it was
         return out
 
-    listed = gr.State(None)
+    listed = mark()
 
     def adapters(form: dict, before):
         """A run that ended, or was deleted, while the page is open."""
@@ -304,7 +305,7 @@ def _start_events(ctx: Context, ui, shown: run_side.Shown) -> None:
         trigger_mode="once",
         **QUICK,
     )
-    busy = gr.State(False)
+    busy = mark()
 
     def tick(before: bool):
         """A second run can wait while one trains."""
