@@ -159,7 +159,7 @@ def _kept(engine, autocast, tokens: int) -> tuple[int, int, int, int]:
     try:
         with engine.using_tree(), autocast(), torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
             keep = torch.arange(len(t), device=engine.device)
-            run = attention.Pass(t.segments, engine.device, keep=keep, store={})
+            run = attention.Pass(t.segments, engine.device, keep, torch.as_tensor(t.ends, device=engine.device), {})
             hidden = engine.forward(t.ids, t.positions, run)
     finally:
         engine.limits = before

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from kto_core.engine.layers import excerpt
-from kto_core.engine.layers.attention import Pass
 from kto_core.engine.layers.loss import Head
 from kto_core.engine.packing.tree import branch, build
 from kto_core.errors import NotServed
@@ -80,10 +79,7 @@ def _compare(engine, start: np.ndarray, ends: list[np.ndarray]) -> bool:
     try:
         with engine.using_tree():
             borrowed = branch(tree, [ends[1], ends[0]])
-            store, keep = {}, torch.as_tensor(borrowed.keep, device=engine.device)
-            run = Pass(tree.segments, engine.device, keep=keep, store=store)
-            hidden = engine.forward(tree.ids, tree.positions, run)
-            run.close()
+            hidden, store = engine.hidden(tree, borrowed)
             sums = engine.branch_logps(borrowed, hidden, store)
         head = Head.of(engine.causal)
         with torch.autocast(engine.device.type, enabled=False):
