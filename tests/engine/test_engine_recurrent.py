@@ -1,5 +1,6 @@
 """Layers that go along the sequence: in a packed pass each token has the state and the last inputs of its own path."""
 
+import functools
 from dataclasses import replace
 
 import numpy as np
@@ -142,6 +143,8 @@ def test_before_every_token_are_its_own_last_ancestors(width):
         wanted = [*[len(t)] * width, *path][-width:]  # a row of zeros is before the first
         place = found.place[i]
         assert found.rows[place - width + 1 : place + 1].tolist() == wanted
+    assert (found.rows[found.copies] == found.copied).all()
+    assert sorted([*found.place, *found.copies]) == np.flatnonzero(found.rows < len(t)).tolist()
     ends = t.segments.spans.bounds[:, 1] - 1
     if width > 1:
         assert found.tails[:, -1].tolist() == ends.tolist()
@@ -243,6 +246,31 @@ def test_fast_kernels_are_called_once_for_each_depth(kernels, budget):
     assert oracle.worst(gradients, expected["gradients"]) < 1e-5
     depths = 1 + tree.build(prompts, completions).segments.spans.depths().max()
     assert budget or len(kernels) == 2 * (depths + 1) + depths  # two layers; y' are one depth; one is computed again
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_comparison_in_float32_does_without_kernels(monkeypatch, dtype):
+    """They take half precision on a GPU only; transformers calls them in any case where they are installed."""
+    from transformers.models.qwen3_5 import modeling_qwen3_5 as code
+
+    calls = []
+
+    def instead_of(theirs):
+        @functools.wraps(theirs.__wrapped__)
+        def kernel(x, *args, **kwargs):
+            calls.append(x.dtype)
+            assert x.dtype == torch.bfloat16, "the kernel does not take this format"
+            return theirs(x, *args, **kwargs)
+
+        return kernel
+
+    for name in (recurrent.RULE, recurrent.CONVOLUTION):
+        monkeypatch.setattr(code, name, instead_of(getattr(code, name)))
+    model = oracle.base_model("qwen3_5")
+    recurrence.remember(model)
+    engine = Engine(get_peft_model(model.to(dtype), oracle.lora()))
+    probe.check_head_and_attention(engine, np.arange(3, 40, dtype=np.int32))
+    assert set(calls) == ({torch.bfloat16} if dtype == torch.bfloat16 else set())
 
 
 # ---- the comparison before the first step ----------------------------------------------------------------------------

@@ -48,9 +48,15 @@ def recurrent_forwards(layers: list) -> Forwards:
 
 
 def reference_forwards(forwards: Forwards) -> Forwards:
-    """transformers' own torch functions in place of fast kernels, which do not take float32."""
-    rules = [(code, run.args[0]) for code, name, run in forwards if name == RULE and isinstance(run, partial)]
-    return [(code, RULE, theirs.__wrapped__) for code, theirs in rules if hasattr(theirs, "__wrapped__")]
+    """transformers' own torch functions in place of the fast kernels that it takes where they are installed: these do
+    not take every device and format."""
+    functions = [(c, name, run) for c, name, run in forwards if name != "forward" and isinstance(run, partial)]
+    return [(code, name, _in_torch(run.args[0])) for code, name, run in functions]
+
+
+def _in_torch(theirs):
+    """The function that transformers has put fast kernels before."""
+    return getattr(theirs, "__wrapped__", theirs)
 
 
 def _layer(number: int, theirs, *args, kto_tree=None, **kwargs):
@@ -78,8 +84,36 @@ def _convolution(theirs, x, weight, *args, **kwargs):
     if run.store is not None and key not in run.store:
         run.store[key] = (_read(rows.detach(), None, found.tails[run.ends].flatten()),)
     kwargs = {k: v for k, v in kwargs.items() if k not in ("kto_tree", "seq_idx")}
-    out = theirs(_read(rows, held, found.rows).t()[None], weight, *args, **kwargs)
-    return out[0].t().index_select(0, found.place).t()[None]
+    theirs = theirs if x.is_cuda else _in_torch(theirs)
+    own = partial(theirs, weight=weight, **dict(zip(("bias", "activation"), args, strict=False)), **kwargs)
+    return _Convolved.apply(rows, held, found, own).t()[None]
+
+
+class _Convolved(torch.autograd.Function):
+    """A convolution of ``rows``, ``[T, C]``, with frozen weights. Keeps its input only."""
+
+    @staticmethod
+    def forward(ctx, rows, held, found, own):
+        ctx.held, ctx.found, ctx.own = held, found, own
+        ctx.save_for_backward(rows)
+        return own(_read(rows, held, found.rows).t()[None])[0].t().index_select(0, found.place)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (rows,), found = ctx.saved_tensors, ctx.found
+        lines = _read(rows, ctx.held, found.rows).requires_grad_()
+        with torch.enable_grad():
+            out = ctx.own(lines.t()[None])[0].t()
+        wanted = torch.zeros_like(out)
+        wanted[found.place] = grad
+        (lines_grad,) = torch.autograd.grad(out, lines, wanted)
+        result = lines_grad.index_select(0, found.place)
+        if len(found.copied):  # many branches may begin at one end: their sum is made in float32
+            tokens, group = found.copied.unique(return_inverse=True)
+            wide = torch.promote_types(rows.dtype, torch.float32)
+            total = result[tokens].to(wide).index_add_(0, group, lines_grad[found.copies].to(wide))
+            result[tokens] = total.to(result.dtype)
+        return result, None, None, None
 
 
 class _Lines(NamedTuple):
@@ -87,6 +121,8 @@ class _Lines(NamedTuple):
 
     rows: torch.Tensor
     place: torch.Tensor
+    copies: torch.Tensor
+    copied: torch.Tensor
     tails: torch.Tensor
 
 

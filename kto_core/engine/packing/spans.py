@@ -47,11 +47,14 @@ class Lines(NamedTuple):
     """A pass written so that before every token are its own last ancestors; what a causal convolution reads.
 
     ``rows``: of each place, the row of what is read: the kept ends' tails, then the pass's tokens, then a row of
-    zeros. ``place``: of each token, its place. ``tails``: of each span, the rows of the last tokens of its path.
+    zeros. ``place``: of each token, its place. ``copies``: the other places that hold a token of this pass, and
+    ``copied``, which. ``tails``: of each span, the rows of the last tokens of its path.
     """
 
     rows: np.ndarray
     place: np.ndarray
+    copies: np.ndarray
+    copied: np.ndarray
     tails: np.ndarray
 
 
@@ -75,7 +78,11 @@ def lines(spans: Spans, width: int, kept: int = 0) -> Lines:
         place.append(at + np.arange(end - start))
         at += end - start
         tails[s] = np.concatenate([path, own[-before:]])[-before:] if before else own[:0]
-    return Lines(np.concatenate(index), np.concatenate(place), tails)
+    rows, places = np.concatenate(index), np.concatenate(place)
+    other = (rows >= base) & (rows < zero)
+    other[places] = False
+    copies = np.flatnonzero(other)
+    return Lines(rows, places, copies, rows[copies] - base, tails)
 
 
 class Chunks(NamedTuple):
