@@ -8,15 +8,24 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from kto_core.engine.layers import attention, delta, recurrent, sharding
+from kto_core.engine.layers import attention, recurrent, sharding
 from kto_core.engine.packing import passes, tree
-from kto_core.engine.packing.passes import LAST_SHARE, RESERVE, SHARE, Token, inputs_fit, working, y_tokens
+from kto_core.engine.packing.passes import (
+    LAST_SHARE,
+    PROMPT,
+    RECURRENCE,
+    RESERVE,
+    SHARE,
+    Token,
+    inputs_fit,
+    working,
+    y_tokens,
+)
 from kto_core.engine.packing.sample import packed_tokens
 from kto_core.hardware.gpus import GIB, allowed, memory_gib
 
 SCORING = (2048, 16384)  # most tokens of a pass without gradients: enough to keep a CPU, or a GPU, busy
 MEASURED = (64, 192)  # tokens of the measured passes
-PROMPT = 256  # tokens of a batch for each of its rows, where that is not known
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,7 @@ def choose(
     fixed = copies + (4 + 8) * adapter  # gradient and Adam's moments
     fixed += RESERVE.get(engine.device.type, 0) + sharding.gathered_bytes(engine.layers)
     if any(name == recurrent.RULE for _, name, _ in engine.recurrent):
-        fixed += delta.HELD["cuda" if engine.device.type == "cuda" else "cpu"]
+        fixed += RECURRENCE["cuda" if engine.device.type == "cuda" else "cpu"]
     free = room * SHARE - fixed
     scoring = int(free / (2 * token.busy + token.rest + token.store))
     cut = passes.limits(

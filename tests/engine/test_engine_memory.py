@@ -167,7 +167,6 @@ def test_out_of_memory_is_answered_with_smaller_passes(tmp_path, tokenizer, monk
 
 def test_states_of_prompts_and_what_the_rule_computes_again_are_counted(monkeypatch):
     from kto_core.engine import limits
-    from kto_core.engine.layers import delta
     from kto_core.engine.step import Engine
     from tests.support import oracle
 
@@ -178,5 +177,5 @@ def test_states_of_prompts_and_what_the_rule_computes_again_are_counted(monkeypa
     assert few == pytest.approx(2 * 2 * 16 * 4 + 2 * (4 * 8 * 8 + 3 * 64) * 4 / 10, rel=0.01)  # one layer attends
     monkeypatch.setattr(limits, "available", lambda device: 2**30)
     roomy = limits.choose(engine, [100], nullcontext, None, 40, recompute=True, rows=10).token_budget
-    monkeypatch.setitem(delta.HELD, "cpu", 2**29)
+    monkeypatch.setitem(limits.RECURRENCE, "cpu", 2**29)
     assert limits.choose(engine, [100], nullcontext, None, 40, recompute=True, rows=10).token_budget < roomy / 1.5

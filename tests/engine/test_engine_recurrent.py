@@ -173,7 +173,7 @@ def test_every_token_is_in_one_chunk_and_follows_its_parent(length):
 @pytest.mark.parametrize("normalized", [True, False])
 def test_the_rule_against_its_formula(monkeypatch, held, normalized):
     """Two paths of one tree, from kept states; some heads at a time or all at once."""
-    monkeypatch.setitem(delta.HELD, "cpu", held)
+    monkeypatch.setitem(delta.RECURRENCE, "cpu", held)
     torch.manual_seed(0)
     bounds = np.array([[0, 70], [70, 75], [75, 200]])
     found = spans.Spans(bounds, np.array([-1, 0, 0]), np.array([1, -1, -1]))

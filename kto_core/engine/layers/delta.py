@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 
 from kto_core.engine.packing import spans
+from kto_core.engine.packing.passes import RECURRENCE
 
-HELD = {"cuda": 2**29, "cpu": 2**26}  # bytes of what is computed again that may be there at once
 COPIES = 10  # numbers held for each one of a chunk's keys, values, products and states, gradients included
 
 
@@ -103,7 +103,7 @@ def _parts(plan: Plan, q, v) -> list[slice]:
     wide, high = q.shape[-1], v.shape[-1]
     numbers = chunks * (length * (wide + high + length) + wide * high)
     one = COPIES * numbers * (8 if v.dtype == torch.float64 else 4)
-    count = max(1, min(heads, HELD["cuda" if v.is_cuda else "cpu"] // one))
+    count = max(1, min(heads, RECURRENCE["cuda" if v.is_cuda else "cpu"] // one))
     return [slice(a, min(a + count, heads)) for a in range(0, heads, count)]
 
 
