@@ -82,7 +82,7 @@ def test_qwen_of_nine_billion_parameters_on_24_gib(monkeypatch):
     monkeypatch.setattr(counting, "shape_of", lambda c: shape)
     monkeypatch.setattr(memory, "shape_of", lambda c: shape)
     plan = memory.plan(resolve(), LENGTHS, device=CARD)
-    assert plan.verdict == "fits" and plan.parts["recurrent layers"] == 0.5
+    assert plan.verdict == "fits" and plan.parts["recurrent layers"] == 1
     assert plan.parts["weights"] == pytest.approx((shape.linear_parameters * 4.127 / 8 + 2.04e9 * 2) / GIB, rel=0.01)
     trl = memory.plan(resolve(engine="trl"), LENGTHS, device=CARD)
     assert "recurrent layers" not in trl.parts

@@ -17,7 +17,7 @@ import torch
 from kto_core.engine.packing import spans
 from kto_core.engine.packing.passes import RECURRENCE
 
-COPIES = 10  # numbers held for each one of a chunk's keys, values, products and states, gradients included
+COPIES = 8  # numbers held for each one of a chunk's keys, values, products and states, gradients included
 
 
 @dataclass
