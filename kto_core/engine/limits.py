@@ -8,9 +8,19 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from kto_core.engine.layers import attention, sharding
+from kto_core.engine.layers import attention, recurrent, sharding
 from kto_core.engine.packing import passes, tree
-from kto_core.engine.packing.passes import LAST_SHARE, RESERVE, SHARE, Token, inputs_fit, working, y_tokens
+from kto_core.engine.packing.passes import (
+    LAST_SHARE,
+    PROMPT,
+    RECURRENCE,
+    RESERVE,
+    SHARE,
+    Token,
+    inputs_fit,
+    working,
+    y_tokens,
+)
 from kto_core.engine.packing.sample import packed_tokens
 from kto_core.hardware.gpus import GIB, allowed, memory_gib
 
@@ -60,6 +70,7 @@ def choose(
     longest: int,
     recompute: bool | None = None,
     moments: float = 8,
+    rows: float | None = None,
 ) -> Limits:
     """The limits with which the sampled batches cost least (`passes.cheapest`).
 
@@ -67,14 +78,17 @@ def choose(
     size needs. ``recompute``: layers may be recomputed before passes get smaller; default on a GPU (a CPU has memory,
     not speed, to spare). ``moments``: bytes that the optimizer keeps of a parameter, which count, like
     `passes.LAST_SHARE`, only where the longest row has no room otherwise; with 8, AdamW's in 32 bits, the presets were
-    measured. Where it has none then either, inputs of layers wait in main memory.
+    measured. Where it has none then either, inputs of layers wait in main memory. ``rows``: of a batch; each has a
+    prompt, at whose end recurrent layers keep a state.
     """
     total = len(engine.layers)
-    token, copies = measure(engine, autocast)
+    token, copies = measure(engine, autocast, np.mean(groups) / rows if rows and groups else PROMPT)
     room = available(engine.device)
     adapter = sum(p.numel() for p in engine.model.parameters() if p.requires_grad)
     fixed = copies + (4 + 8) * adapter  # gradient and Adam's moments
     fixed += RESERVE.get(engine.device.type, 0) + sharding.gathered_bytes(engine.layers)
+    if any(name == recurrent.RULE for _, name, _ in engine.recurrent):
+        fixed += RECURRENCE["cuda" if engine.device.type == "cuda" else "cpu"]
     free = room * SHARE - fixed
     scoring = int(free / (2 * token.busy + token.rest + token.store))
     cut = passes.limits(
@@ -100,14 +114,16 @@ def choose(
     )
 
 
-def measure(engine, autocast) -> tuple[Token, float]:
-    """Bytes of a token, and bytes that a pass keeps whatever its tokens (number-format copies of the adapter)."""
+def measure(engine, autocast, prompt: float = PROMPT) -> tuple[Token, float]:
+    """Bytes of a token, and bytes that a pass keeps whatever its tokens (number-format copies of the adapter).
+    ``prompt``: tokens for each prompt, at whose end recurrent layers keep a state."""
     (few, few_rest, _, _), (many, many_rest, width, stored) = (_kept(engine, autocast, t) for t in MEASURED)
     tokens, layers = MEASURED[1] - MEASURED[0], max(1, len(engine.layers))
     per_layer = (many - few) / tokens / layers
     config = engine.causal.config.get_text_config()
     number = width // config.hidden_size  # bytes of one
-    store = stored / MEASURED[1]  # counted as if all tokens were prompt
+    keys, states = stored
+    store = keys / MEASURED[1] + states / prompt  # counted as if all tokens were prompt
     rest = (many_rest - few_rest) / tokens + 3 * width
     experts = getattr(config, "num_experts_per_tok", 0) or 1
     busy = working(config.hidden_size, experts * _widest(config), number)
@@ -124,9 +140,9 @@ def _unpack(_):
     raise RuntimeError("a pass that is only measured has no backward")
 
 
-def _kept(engine, autocast, tokens: int) -> tuple[int, int, int, int]:
-    """Bytes that a pass of ``tokens`` tokens saves in the layers and outside, of one hidden state, and of the keys and
-    values of all tokens."""
+def _kept(engine, autocast, tokens: int) -> tuple[int, int, int, tuple[int, int]]:
+    """Bytes that a pass of ``tokens`` tokens saves in the layers and outside, of one hidden state, and of what it keeps
+    for others: of the keys and values of all tokens, and of what recurrent layers have at the end of the prompt."""
     ids = np.arange(tokens + 1, dtype=np.int32) % 97 + 3
     t = tree.build([ids[:-2]], [ids[-3:]])
     kept = {"layers": 0, "rest": 0}
@@ -159,13 +175,14 @@ def _kept(engine, autocast, tokens: int) -> tuple[int, int, int, int]:
     try:
         with engine.using_tree(), autocast(), torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
             keep = torch.arange(len(t), device=engine.device)
-            run = attention.Pass(t.segments, engine.device, keep=keep, store={})
+            run = attention.Pass(t.segments, engine.device, keep, torch.as_tensor(t.ends, device=engine.device), {})
             hidden = engine.forward(t.ids, t.positions, run)
     finally:
         engine.limits = before
         for h in hooks:
             h.remove()
-    stored = sum(t.nbytes for pair in run.store.values() for t in pair)
+    attends = [(isinstance(key, int), t.nbytes) for key, held in run.store.items() for t in held]
+    stored = sum(n for yes, n in attends if yes), sum(n for yes, n in attends if not yes)
     return kept["layers"], kept["rest"], hidden.shape[-1] * hidden.element_size(), stored
 
 

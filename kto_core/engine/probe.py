@@ -7,8 +7,7 @@ import contextlib
 import numpy as np
 import torch
 
-from kto_core.engine.layers import excerpt
-from kto_core.engine.layers.attention import Pass
+from kto_core.engine.layers import excerpt, lean, recurrent
 from kto_core.engine.layers.loss import Head
 from kto_core.engine.packing.tree import branch, build
 from kto_core.errors import NotServed
@@ -80,19 +79,18 @@ def _compare(engine, start: np.ndarray, ends: list[np.ndarray]) -> bool:
     try:
         with engine.using_tree():
             borrowed = branch(tree, [ends[1], ends[0]])
-            store, keep = {}, torch.as_tensor(borrowed.keep, device=engine.device)
-            run = Pass(tree.segments, engine.device, keep=keep, store=store)
-            hidden = engine.forward(tree.ids, tree.positions, run)
-            run.close()
+            hidden, store = engine.hidden(tree, borrowed)
             sums = engine.branch_logps(borrowed, hidden, store)
         head = Head.of(engine.causal)
         with torch.autocast(engine.device.type, enabled=False):
             ours = head.logits(hidden[torch.as_tensor(tree.scores.index)].to(head.weight.dtype)).log_softmax(-1)
+        exact = hidden.dtype in (torch.float32, torch.float64)
         theirs = []
-        for s in sequences:
-            ids = torch.as_tensor(s, device=engine.device)[None].long()
-            logits = engine.causal(input_ids=ids, use_cache=False).logits
-            theirs.append(logits[0, TOKENS - 1 : -1].to(ours.dtype).log_softmax(-1))
+        with lean.use(recurrent.reference_forwards(engine.recurrent) if exact else []):
+            for s in sequences:
+                ids = torch.as_tensor(s, device=engine.device)[None].long()
+                logits = engine.causal(input_ids=ids, use_cache=False).logits
+                theirs.append(logits[0, TOKENS - 1 : -1].to(ours.dtype).log_softmax(-1))
     finally:
         engine.model.train(training)
     theirs = torch.cat(theirs)
@@ -102,7 +100,6 @@ def _compare(engine, start: np.ndarray, ends: list[np.ndarray]) -> bool:
     borrowed_difference = float((sums.double() - own.flip(0)).abs().max()) / TOKENS
     # half precision: random weights differ by a tenth of the spread, a wrong mask or position by all of it
     difference = max(difference, borrowed_difference)
-    exact = hidden.dtype in (torch.float32, torch.float64)
     if not difference <= spread * (1e-3 if exact else 0.35):
         raise NotServed(
             f"The packed engine does not reproduce this model's log-probs (they differ by {difference:.3g}). {REMEDY}"

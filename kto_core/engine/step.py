@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.utils.checkpoint
 
-from kto_core.engine.layers import attention, lean, sharding
+from kto_core.engine.layers import attention, lean, recurrent, sharding
 from kto_core.engine.layers.loss import Head, sequence_sums, token_logps
 from kto_core.engine.packing import tree
 from kto_core.engine.packing.passes import y_tokens
@@ -47,6 +47,7 @@ class Engine:
         self.limits = Limits(token_budget, token_budget, checkpoint_layers)
         self._configs = attention.configs(model)
         self.lean = lean.lean_forwards(self.decoder)
+        self.recurrent = recurrent.recurrent_forwards(self.layers)
 
     @property
     def limits(self) -> Limits:
@@ -70,8 +71,8 @@ class Engine:
 
     @contextlib.contextmanager
     def using_tree(self):
-        """Inside, the model attends along the tree and runs its leaner layers."""
-        with attention.use_tree(self._configs), lean.use(self.lean):
+        """Inside, the model attends along the tree, its states go along it, and its leaner layers run."""
+        with attention.use_tree(self._configs), lean.use(self.lean), lean.use(self.recurrent):
             yield
 
     def forward(self, ids: np.ndarray, positions: np.ndarray, run: attention.Pass) -> torch.Tensor:
@@ -208,12 +209,9 @@ class Engine:
         z0 = torch.zeros((), device=self.device)
         with work.autocast():
             t = work.build_tree(numbers)
-            branches = store = keep = None
-            if work.kl:
-                branches = tree.branch(t, [work.group.borrowed[i] for i in numbers])
-                store, keep = {}, self._tensor(branches.keep)
+            branches = tree.branch(t, [work.group.borrowed[i] for i in numbers]) if work.kl else None
             self._recompute_as_needed(work, len(t) + sum(work.borrowed_tokens))
-            hidden = self._hidden(t, keep, store)
+            hidden, store = self.hidden(t, branches)
             if branches is not None:
                 values = self.branch_logps(branches, hidden, store)
                 z0 = self._z0(values, work.group.ref_kl[self._tensor(np.array(numbers))], work.reduce)
@@ -234,7 +232,7 @@ class Engine:
             with work.autocast():
                 t = work.build_tree(numbers)
                 self._recompute_as_needed(work, len(t))
-                sums = self._sums(self._hidden(t), t.scores, stats=True)
+                sums = self._sums(self.hidden(t)[0], t.scores, stats=True)
             self._finish_pass(work, numbers, len(t), sums, z0)
         for _ in range(count - len(work.passes)):
             with work.autocast():
@@ -247,12 +245,13 @@ class Engine:
             layers = max(self.limits.least_layers, self.limits.needed(tokens))
             self.limits = replace(self.limits, checkpoint_layers=layers)
 
-    def _hidden(self, t: tree.Tree, keep=None, store=None) -> torch.Tensor:
-        """Of a pass over the tree, ``[T, hidden]``; keys and values of the positions ``keep`` go into ``store``."""
-        run = attention.Pass(t.segments, self.device, keep=keep, store=store)
+    def hidden(self, t: tree.Tree, branches: tree.Branches | None = None) -> tuple[torch.Tensor, dict | None]:
+        """Hidden states of a pass over the tree, ``[T, hidden]``, and what of it the branches need."""
+        run = attention.Pass.keeping(t, branches, self.device)
+        store = run.store
         hidden = self.forward(t.ids, t.positions, run)
         run.close()
-        return hidden
+        return hidden, store
 
     def _finish_pass(self, work: Work, numbers: list[int], packed: int, sums: list[torch.Tensor], z0) -> None:
         """Loss and backward of the rows of a pass of ``packed`` tokens; what they gave goes to the ``work``."""

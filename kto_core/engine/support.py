@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from kto_core.models.language.part import class_of
+from kto_core.models.language.part import class_of, functions_of
 
 MIXTURES = ("gpt_oss",)  # mixtures of experts that are served: a token's experts do not depend on its neighbours
+# kinds of layers, and the functions of a modeling file that they go along a sequence by; `layers.recurrent` knows these
+ATTENTION = {"full_attention", "sliding_attention"}
+ALONG = {"linear_attention": {"causal_conv1d_fn", "torch_chunk_gated_delta_rule"}, "conv": {"causal_conv1d_fn"}}
+
+
+def recurrent_kinds(hf_config) -> set[str]:
+    """Kinds of layers of this transformers config that go along the sequence in a way that the packed engine knows."""
+    config = hf_config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or []) & ALONG.keys()
+    return {kind for kind in kinds if functions_of(config) >= ALONG[kind]}
 
 
 def available(hf_config, max_length: int | None = None) -> tuple[bool, str]:
@@ -25,7 +35,8 @@ def available(hf_config, max_length: int | None = None) -> tuple[bool, str]:
         return False, (
             f"{name} is a mixture-of-experts model, and gpt-oss is the only one that the packed engine supports."
         )
-    kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
+    along = recurrent_kinds(config)
+    kinds = set(getattr(config, "layer_types", None) or []) - ATTENTION - along
     if kinds or name in ("mamba", "mamba2", "rwkv", "recurrent_gemma"):
         kind = ", ".join(sorted(kinds)) or "recurrent layers"
         return False, f"{name} has {kind.replace('_', ' ')}, which the packed engine does not support."
@@ -42,8 +53,8 @@ def available(hf_config, max_length: int | None = None) -> tuple[bool, str]:
                 f"{name} changes its position encoding beyond {limit} tokens, so rows in one pass would affect each "
                 f"other. Set max_length to {limit // 2} or less to use the packed engine."
             )
-    if not ropes:
+    if not ropes and not along:  # what goes along the sequence tells positions, too
         return False, f"{name} has no rotary position embeddings, which the packed engine needs."
-    if not getattr(model_class, "_supports_attention_backend", False):
+    if not along and not getattr(model_class, "_supports_attention_backend", False):
         return False, f"{name} has its own attention implementation, which the packed engine cannot replace."
     return True, ""

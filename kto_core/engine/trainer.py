@@ -181,9 +181,12 @@ class PackedKTOTrainer(TrainingStep, Evaluation, KTOTrainer):
         row, engine = longest(self.rows), self.engine
         if token_budget is None or checkpoint_layers is None:
             sample = limits.sample_groups(self.planner, self.accelerator.process_index, self.accelerator.num_processes)
-            moments = 2.1 if "8bit" in self.args.optim.value else 8
+            more = {
+                "moments": 2.1 if "8bit" in self.args.optim.value else 8,
+                "rows": len(self.rows) / len(self.planner.epoch(0)) / self.accelerator.num_processes,
+            }
             with not_served_on_error():
-                chosen = limits.choose(engine, sample, self._autocast, checkpoint_layers, row, moments=moments)
+                chosen = limits.choose(engine, sample, self._autocast, checkpoint_layers, row, **more)
             engine.limits = replace(chosen, token_budget=token_budget or chosen.token_budget)
             if engine.limits.offload and row <= engine.limits.token_budget:
                 logger.warning(OFFLOADED)

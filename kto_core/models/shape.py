@@ -6,8 +6,10 @@ Never touches the network and never reads weights. Knows nothing of GPUs, traini
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from kto_core.errors import ModelError
 
@@ -21,7 +23,30 @@ REQUIRED = (
     ("num_attention_heads", "n_head"),
     ("vocab_size",),
 )
+TIED = re.compile("gemma|^lfm2$")  # types that share the embedding's weights unless they say otherwise
 FUSED = {"qkv_proj": ATTENTION[:3], "gate_up_proj": FFN[:2]}  # Phi-3 stores several projections as one
+
+
+class Recurrent(NamedTuple):
+    """The layers that go along the sequence instead of attending, ``layers`` of them.
+
+    ``linears``: name, (in, out) of each linear layer beside the FFN's. ``channels`` of the convolution over ``width``
+    tokens. Of the gated delta rule the numbers of a token's keys and values, all ``heads`` together; 0 where a layer is
+    a convolution only.
+    """
+
+    layers: int
+    linears: tuple[tuple[str, tuple[int, int]], ...]
+    channels: int
+    width: int
+    keys: int = 0
+    values: int = 0
+    heads: int = 0
+
+    @property
+    def state(self) -> int:
+        """Numbers of one layer's state."""
+        return self.keys * self.values // max(1, self.heads)
 
 
 @dataclass(frozen=True)
@@ -41,6 +66,8 @@ class Shape:
     experts: int = 0
     experts_per_token: int = 0
     quantized: bool = False  # the checkpoint is in 4 bits already
+    query_gate: bool = False  # the query projection also makes a gate of its width
+    recurrent: Recurrent | None = None
     source: str = ""
     exact: bool = True
 
@@ -51,17 +78,25 @@ class Shape:
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
-        """(in, out) of each linear layer of one decoder layer; the FFN's are those of one expert."""
+        """(in, out) of each linear layer of a decoder layer that attends; the FFN's are those of one expert."""
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         h, i = self.hidden, self.intermediate
-        shapes = [(h, q), (h, kv), (h, kv), (q, h), (h, i), (h, i), (i, h)]
+        shapes = [(h, q * (1 + self.query_gate)), (h, kv), (h, kv), (q, h), (h, i), (h, i), (i, h)]
         return dict(zip(ATTENTION + FFN, shapes, strict=True))
 
     @property
     def linear_parameters(self) -> int:
         """Parameters of all decoder layers' linear layers, every expert counted."""
-        one = sum(a * b * (max(self.experts, 1) if n in FFN else 1) for n, (a, b) in self.linears.items())
-        return one * self.layers
+        experts = max(self.experts, 1)
+        parts = [a * b * (experts * self.layers if n in FFN else self.attending) for n, (a, b) in self.linears.items()]
+        if self.recurrent:
+            parts += [a * b * self.recurrent.layers for _, (a, b) in self.recurrent.linears]
+        return sum(parts)
+
+    @property
+    def attending(self) -> int:
+        """Layers that attend."""
+        return self.layers - (self.recurrent.layers if self.recurrent else 0)
 
     @property
     def other_parameters(self) -> int:
@@ -79,7 +114,7 @@ class Shape:
         return 2 * self.kv_heads * self.head_dim
 
     def adapted(self, target_modules: list[str] | str) -> dict[str, tuple[int, int]]:
-        """The linear layers of one decoder layer that LoRA adapts. Fused expert weights are no linear layers."""
+        """The linear layers of a decoder layer that attends which LoRA adapts. Fused expert weights are none."""
         names = set(self.linears) if target_modules == "all-linear" else set()
         if not names:
             for target in target_modules:
@@ -87,7 +122,13 @@ class Shape:
         return {n: s for n, s in self.linears.items() if n in names and not (self.experts and n in FFN)}
 
     def lora_parameters(self, target_modules: list[str] | str, r: int) -> int:
-        return self.layers * sum(r * (a + b) for a, b in self.adapted(target_modules).values())
+        adapted = self.adapted(target_modules).items()
+        count = sum((self.layers if n in FFN else self.attending) * (a + b) for n, (a, b) in adapted)
+        if self.recurrent:
+            names = None if target_modules == "all-linear" else {t.rpartition(".")[2] for t in target_modules}
+            linears = [s for name, s in self.recurrent.linears if names is None or name in names]
+            count += self.recurrent.layers * sum(a + b for a, b in linears)
+        return r * count
 
 
 def decoder_part(config: dict, name: str) -> dict:
@@ -141,19 +182,63 @@ def from_config(config: dict, name: str, source: str = "config.json") -> Shape:
     return Shape(
         architecture=kind,
         hidden=hidden,
-        intermediate=number(*widths, default=4 * hidden),
+        intermediate=_adjusted(text, kind, number(*widths, default=4 * hidden)),
         layers=layers,
         heads=heads,
         kv_heads=number("num_key_value_heads", default=heads),
         vocabulary=number(*REQUIRED[3]),
-        tied=bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", "gemma" in kind))),
+        tied=bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", bool(TIED.search(kind))))),
         max_position_embeddings=number("max_position_embeddings", "n_positions", default=0) or None,
         head_dim=number("head_dim", default=hidden // heads),
         experts=experts,
         experts_per_token=number("num_experts_per_tok", default=0),
         quantized="4bit" in str(config.get("quantization_config") or {}).replace("_", ""),
         source=source,
+        query_gate=kind.startswith(("qwen3_5", "qwen3_next")),
+        recurrent=_recurrent(text, kind, hidden, layers, number),
     )
+
+
+def _adjusted(text: dict, kind: str, intermediate: int) -> int:
+    """LFM2 says the width of a plain FFN; its gated one has as many weights."""
+    if kind != "lfm2" or not text.get("block_auto_adjust_ff_dim", True):
+        return intermediate
+    factor, unit = text.get("block_ffn_dim_multiplier", 1.0), text.get("block_multiple_of", 256)
+    width = 2 * intermediate // 3
+    return width if factor is None else -(-int(factor * width) // unit) * unit
+
+
+def _recurrent(text: dict, kind: str, hidden: int, layers: int, number: Callable[..., int]) -> Recurrent | None:
+    """Of the families whose layers are known: Qwen3.5, Qwen3-Next, OLMo hybrid and LFM2."""
+    kinds = text.get("layer_types")
+    if isinstance(kinds, list):
+        count = sum(k in ("linear_attention", "conv") for k in kinds)
+    elif isinstance(attending := text.get("full_attn_idxs"), list):
+        count = layers - len(attending)
+    else:
+        count = layers - layers // number("full_attention_interval", default=4)
+    if not 0 < count <= layers:
+        return None
+    if kind.startswith("lfm2"):
+        both = (("in_proj", (hidden, 3 * hidden)), ("out_proj", (hidden, hidden)))
+        return Recurrent(count, both, hidden, number("conv_L_cache", default=3))
+    if not kind.startswith(("qwen3_5", "qwen3_next", "olmo_hybrid")):
+        return None
+    names = ("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim")
+    defaults = _defaults(kind) if any(n not in text for n in names) else {}
+    few, heads, key, value = (number(n, default=defaults.get(n)) for n in names)
+    keys, values = few * key, heads * value
+    if kind == "olmo_hybrid":
+        outs = {"q_proj": keys, "k_proj": keys, "v_proj": values, "a_proj": heads, "b_proj": heads, "g_proj": values}
+        last = "o_proj"
+    elif kind == "qwen3_next":
+        outs, last = {"in_proj_qkvz": 2 * keys + 2 * values, "in_proj_ba": 2 * heads}, "out_proj"
+    else:
+        outs = {"in_proj_qkv": 2 * keys + values, "in_proj_z": values, "in_proj_b": heads, "in_proj_a": heads}
+        last = "out_proj"
+    linears = (*((name, (hidden, out)) for name, out in outs.items()), (last, (values, hidden)))
+    width = number("linear_conv_kernel_dim", default=4)
+    return Recurrent(count, linears, 2 * keys + values, width, heads * key, values, heads)
 
 
 def _known(arch, hidden, intermediate, layers, heads, kv_heads, vocabulary, tied, positions, head_dim=None, experts=0):

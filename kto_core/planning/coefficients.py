@@ -20,6 +20,17 @@ class Saved(NamedTuple):
     routed: tuple[float, float] = (0.0, 0.0)  # of the hidden size, for each of a token's experts; ``ffn`` too
 
 
+class SavedAlong(NamedTuple):
+    """The same of a layer that goes along the sequence (`shape.Recurrent`)."""
+
+    hidden: tuple[float, float]
+    ffn: tuple[float, float]
+    channels: tuple[float, float]
+    keys: tuple[float, float] = (0.0, 0.0)
+    values: tuple[float, float] = (0.0, 0.0)
+    heads: tuple[float, float] = (0.0, 0.0)
+
+
 @dataclass(frozen=True)
 class Coefficients:
     """Bytes per unit of everything that is counted.
@@ -50,6 +61,15 @@ class Coefficients:
             "gemma2": Saved((58.3, 70.3), (0.0, 0.0), (8.0, 16.0)),
             "gpt_oss": Saved((8.0, 10.0), (0.0, 0.0), (12.0, 24.0), (214.0, 294.0), (11.06, 22.06), (2.0, 4.0)),
             "gemma3_text": Saved((26.1, 34.1), (4.0, 6.0), (8.0, 16.0)),
+            "qwen3_5_text": Saved((10.0, 14.0), (4.0, 6.0), (4.0, 8.0), (62.0, 63.0), (14.1, 28.2)),
+            "lfm2": Saved((18.0, 27.0), (4.0, 6.0), (8.0, 16.0)),
+        }
+    )
+    # layers that go along the sequence
+    packed_along: Mapping[str, SavedAlong] = field(
+        default_factory=lambda: {
+            "": SavedAlong((10.1, 14.1), (4.0, 8.0), (4.0, 8.0), (4.0, 8.0), (6.0, 12.0), (14.0, 16.0)),  # Qwen3.5
+            "lfm2": SavedAlong((22.0, 38.0), (8.0, 16.0), (0.0, 0.0)),
         }
     )
     # on a card, where it differs: keys and values are not repeated for every query head

@@ -90,9 +90,9 @@ def _fit_packed(
     taken = sum(base[n] for n in there if n in base)
     state = base["optimizer"] + base["adapters"] / 2  # the other half, the weights, is there already
     room = (available - (taken - base["adapters"] / 2)) * (1 if gpu else 0.5) * GIB
-    fixed = state * GIB + passes.RESERVE["cuda" if gpu else "cpu"]
+    fixed = state * GIB + passes.RESERVE["cuda" if gpu else "cpu"] + _recurrence(s, gpu)
     copies = 0 if _number(c, gpu)[0] else 2 * s.lora_parameters(c.target_modules, c.r)  # the adapter's, in 16 bits
-    token = _token(c, s, k, gpu)
+    token = _token(c, s, k, gpu, sum(sums) / len(sums) / rows)
     offloads = gpu and passes.inputs_fit(longest, s.layers, token.entry, hardware.memory_gib()[1] * GIB)
     groups = [int(n * Y_TOKENS) for n in sums]
     budget, layers, offload, choices, _ = passes.limits(
@@ -125,8 +125,24 @@ def _batches(lengths: Sequence[int], packed: Sample | None, rows: int, most: int
     return [math.ceil(share * sum(shuffled[a : a + rows])) for a in starts]
 
 
+def _recurrence(s: Shape, gpu: bool) -> int:
+    """Bytes that the packed engine's gated delta rule takes for itself."""
+    return passes.RECURRENCE["cuda" if gpu else "cpu"] if s.recurrent and s.recurrent.state else 0
+
+
 def _packed_layer(c: RunConfig, s: Shape, k: Coefficients, gpu: bool) -> float:
-    """Bytes that the packed engine keeps of a token in one layer that is not computed again."""
+    """Bytes that the packed engine keeps of a token in one layer that is not computed again: the mean of its layers."""
+    attends = _attending_layer(c, s, k, gpu)
+    if (along := s.recurrent) is None:
+        return attends
+    wide, _ = _number(c, gpu)
+    saved = k.packed_along.get(s.architecture, k.packed_along[""])
+    widths = (s.hidden, s.intermediate * s.busy_experts, along.channels, along.keys, along.values, along.heads)
+    other = sum(each[wide] * width for each, width in zip(saved, widths, strict=True)) * (k.packed_gpu if gpu else 1)
+    return (s.attending * attends + along.layers * other) / s.layers
+
+
+def _attending_layer(c: RunConfig, s: Shape, k: Coefficients, gpu: bool) -> float:
     wide, _ = _number(c, gpu)
     saved = ({**k.packed, **k.packed_varlen} if gpu else k.packed).get(s.architecture, k.packed[""])
     widths = saved.hidden[wide] * s.hidden + saved.kv[wide] * s.kv_width + saved.query[wide] * s.heads * s.head_dim
@@ -134,14 +150,17 @@ def _packed_layer(c: RunConfig, s: Shape, k: Coefficients, gpu: bool) -> float:
     return (widths + saved.other[wide]) * (k.packed_gpu if gpu else 1)
 
 
-def _token(c: RunConfig, s: Shape, k: Coefficients, gpu: bool) -> passes.Token:
-    """What the engine will measure of a token."""
+def _token(c: RunConfig, s: Shape, k: Coefficients, gpu: bool, prompt: float = passes.PROMPT) -> passes.Token:
+    """What the engine will measure of a token. ``prompt``: tokens of a batch for each of its rows."""
     _, number = _number(c, gpu)
+    ends = 0  # bytes of what recurrent layers keep at the end of a prompt
+    if (along := s.recurrent) is not None:
+        ends = along.layers * (4 * along.state + (along.width - 1) * along.channels * number)
     return passes.Token(
         layer=_packed_layer(c, s, k, gpu),
         entry=s.hidden * number,
         rest=3 * s.hidden * number,
-        store=s.layers * s.kv_width * number,
+        store=s.attending * s.kv_width * number + ends / prompt,
         busy=passes.working(s.hidden, s.intermediate * s.busy_experts, number),
     )
 
@@ -200,6 +219,7 @@ def _parts(c: RunConfig, s: Shape, moving: dict[str, float], k: Coefficients, gp
         "adapters": adapters * (k.adapter + (k.ddp if c.num_gpus > 1 and _engine(c, s) != "packed" else 0)),
         "optimizer": adapters * (k.adam8 if "8bit" in c.optim else k.adam32),
         **moving,
+        **({"recurrent layers": _recurrence(s, gpu)} if _engine(c, s) == "packed" and _recurrence(s, gpu) else {}),
         "dequantized layer": 2 * _largest(s) * number if four_bits else 0,
         "CUDA context" if gpu else "program": k.context if gpu else k.process,
     }
@@ -211,6 +231,7 @@ def _parts(c: RunConfig, s: Shape, moving: dict[str, float], k: Coefficients, gp
 def _largest(s: Shape) -> int:
     """Parameters of the largest linear layer. Experts are layers of their own, one of which is computed at a time."""
     sizes = [a * b for a, b in s.linears.values()]
+    sizes += [a * b for _, (a, b) in s.recurrent.linears] if s.recurrent else []
     if s.architecture == "gpt_oss":  # an expert's gate and up are one layer
         sizes.append(2 * s.hidden * s.intermediate)
     return max(sizes)

@@ -17,7 +17,7 @@ from kto_core.errors import NotServed
 from kto_core.models.language.part import auto_class, is_wrapper
 from kto_core.models.language.targets import excluded
 from kto_core.models.language.towers import leave_out_towers
-from tests.support import oracle
+from tests.support import oracle, recurrence
 
 CLASSES = {*MODEL_FOR_CAUSAL_LM_MAPPING, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING}
 TYPES = sorted(name for name, kind in CONFIG_MAPPING.items() if kind in CLASSES)
@@ -71,6 +71,7 @@ def built(config):
     model = get_peft_model(model, lora).double()
     oracle.fill_adapter(model)
     switch_off(model)
+    recurrence.remember(model)
     return model
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from kto_core.engine.layers import lean
+from kto_core.engine.layers import gated, lean
 from kto_core.engine.step import Engine
 from kto_core.models.language.part import decoder_of
 from tests.support import oracle
@@ -44,6 +44,27 @@ def test_same_outputs_and_gradients(architecture):
     assert lean._projection in kinds
     if architecture in ("llama", "mistral", "qwen2", "qwen3"):
         assert kinds == {lean._projection, lean._swiglu, lean._rms_norm, lean._rope}
+    if architecture in ("qwen3_5", "olmo_hybrid"):
+        assert gated.gated_norm in kinds
+
+
+@pytest.mark.parametrize("held", [1, 2**24])
+def test_a_gated_norm_keeps_its_inputs_only(monkeypatch, held):
+    """Some rows at a time, or all at once."""
+    from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5RMSNormGated
+
+    monkeypatch.setitem(gated.HELD, "cpu", held)
+    theirs = Qwen3_5RMSNormGated(8).requires_grad_(False)
+    theirs.weight.data.normal_()
+    x, gate, wanted = (torch.randn(11, 8) for _ in range(3))
+    inputs, kept = (x.requires_grad_(), gate.requires_grad_()), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        out = gated.gated_norm(theirs.weight, theirs.variance_epsilon, *inputs)
+    assert [t.data_ptr() for t in kept] == [x.data_ptr(), gate.data_ptr()]
+    assert torch.allclose(out, theirs(*inputs), rtol=1e-6)
+    ours = torch.autograd.grad(out, inputs, wanted)
+    for a, b in zip(ours, torch.autograd.grad(theirs(*inputs), inputs, wanted), strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
 def test_adapters_off_means_the_base_model():

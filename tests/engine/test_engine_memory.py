@@ -1,5 +1,6 @@
 """How the packed engine fits the memory: limits of a pass, layers recomputed, inputs kept elsewhere, out of memory."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -92,7 +93,7 @@ def test_the_longest_row_may_have_more_of_the_memory(tmp_path, tokenizer, monkey
     assert with_one[0] < with_one[1] and needed(with_one[0]) == 1 and needed(with_one[1]) == 2
     counted = []
     roomy = limits.Limits(10**6, 10**6)
-    monkeypatch.setattr(limits, "choose", lambda *args, moments: counted.append(moments) or roomy)
+    monkeypatch.setattr(limits, "choose", lambda *args, moments, rows: counted.append(moments) or roomy)
     for name in (OptimizerNames.ADAMW_8BIT, OptimizerNames.ADAMW_TORCH):
         trainer.args.optim = name
         trainer._limits(None, None)
@@ -162,3 +163,19 @@ def test_out_of_memory_is_answered_with_smaller_passes(tmp_path, tokenizer, monk
     trainer.train()
     assert trainer.engine.limits.checkpoint_layers == 3
     assert [m["loss"] for m in metrics(trainer)] == pytest.approx([m["loss"] for m in metrics(quiet)], rel=1e-5)
+
+
+def test_states_of_prompts_and_what_the_rule_computes_again_are_counted(monkeypatch):
+    from kto_core.engine import limits
+    from kto_core.engine.step import Engine
+    from tests.support import oracle
+
+    engine = Engine(oracle.tuned_model("qwen3_5", torch.float32).train())
+    few, many = (limits.measure(engine, nullcontext, prompt)[0].store for prompt in (10, 40))
+    # two layers: a state of 4 heads, 8 x 8, in float32, and three inputs of the convolution, which is 64 wide
+    assert few - many == pytest.approx(2 * (4 * 8 * 8 + 3 * 64) * 4 * (1 / 10 - 1 / 40))
+    assert few == pytest.approx(2 * 2 * 16 * 4 + 2 * (4 * 8 * 8 + 3 * 64) * 4 / 10, rel=0.01)  # one layer attends
+    monkeypatch.setattr(limits, "available", lambda device: 2**30)
+    roomy = limits.choose(engine, [100], nullcontext, None, 40, recompute=True, rows=10).token_budget
+    monkeypatch.setitem(limits.RECURRENCE, "cpu", 2**29)
+    assert limits.choose(engine, [100], nullcontext, None, 40, recompute=True, rows=10).token_budget < roomy / 1.5

@@ -79,7 +79,7 @@ def test_available(architecture):
         ("mamba", {}, "linear attention"),
         ("t5", {}, "encoder-decoder"),
         ("gpt2", {}, "rotary"),
-        ("qwen3_5", {}, "linear attention"),
+        ("falcon_mamba", {}, "linear attention"),
         ("whisper", {}, "encoder-decoder"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "position"),
     ],

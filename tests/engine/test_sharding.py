@@ -13,7 +13,7 @@ from kto_core.hardware import gpus
 from kto_core.hardware.gpus import Device
 from kto_core.planning import choices, memory
 from tests.engine.test_engine_processes import ROOT, TWO
-from tests.support.training import FAST, PLACE, events, make_data, metrics, resolved, state
+from tests.support.training import FAST, PLACE, events, make_data, make_other, metrics, resolved, state
 
 CARD = Device(0, "x", 24.0, 24.0, 0.0, (8, 6))
 SCRIPT = """
@@ -117,10 +117,17 @@ end_process(0)
 """
 
 
-@pytest.mark.parametrize("four_bits", [True, False])
-def test_divided_weights_give_the_same_numbers(tmp_path, tiny_model, four_bits):
+HYBRID = {
+    "layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 4, "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("four_bits, hybrid", [(True, False), (False, False), (False, True)])
+def test_divided_weights_give_the_same_numbers(tmp_path, tiny_model, four_bits, hybrid):
     script = tmp_path / "divided.py"
-    names = {"root": str(ROOT), "model": str(tiny_model), "four_bits": four_bits}
+    model = make_other(tmp_path / "hybrid", tiny_model, "qwen3_5_text", **HYBRID) if hybrid else tiny_model
+    names = {"root": str(ROOT), "model": str(model), "four_bits": four_bits}
     script.write_text(SCRIPT.format(**names))
     env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
     done = subprocess.run([*TWO, str(script)], capture_output=True, text=True, timeout=200, env=env)

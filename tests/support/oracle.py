@@ -13,6 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from kto_core.models.language.towers import leave_out_towers
 
+from . import recurrence
+
 
 def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x))
@@ -45,6 +47,11 @@ def logp(model, prompt, completion) -> torch.Tensor:
 
 def step(model, prompts, completions, borrowed, labels, beta=0.1, desirable=1.0, undesirable=1.0, kl=True):
     """Loss, z0, log-probs and the gradient of every trainable parameter; the reference is the base model."""
+    with recurrence.exact(model):
+        return _step(model, prompts, completions, borrowed, labels, beta, desirable, undesirable, kl)
+
+
+def _step(model, prompts, completions, borrowed, labels, beta, desirable, undesirable, kl):
     with torch.no_grad(), model.disable_adapter():
         reference = [float(logp(model, p, y)) for p, y in zip(prompts, completions, strict=True)]
         kl_reference = [float(logp(model, p, y)) for p, y in zip(prompts, borrowed, strict=True)]
@@ -98,6 +105,21 @@ LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }  # fmt: skip
+_DELTA = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"], "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+}  # fmt: skip
+_QWEN_ROPE = {
+    "rope_parameters": {
+        "rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5
+    }
+}  # fmt: skip
+RECURRENT = {  # layers that go along the sequence
+    "qwen3_5": ("qwen3_5_text", _DELTA | _QWEN_ROPE),
+    "olmo_hybrid": ("olmo_hybrid", _DELTA),
+    "olmo_hybrid without rotary embeddings": ("olmo_hybrid", _DELTA | {"rope_parameters": {"rope_theta": None}}),
+    "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention", "conv"]}),
+}
 ARCHITECTURES = {
     "llama": ("llama", {}),
     "llama with rope scaling": ("llama", {"rope_parameters": LLAMA3_ROPE}),
@@ -113,6 +135,7 @@ ARCHITECTURES = {
     "cohere": ("cohere", {"logit_scale": 0.4}),
     "olmo2": ("olmo2", {}),
     "gpt_oss": ("gpt_oss", {**SLIDING, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    **RECURRENT,
 }
 # models that also take images: type, settings of the language model, settings of the rest
 _TOWER = {
@@ -150,16 +173,9 @@ WRAPPERS = {
     "qwen2_vl": ("qwen2_vl", _sections(2, 3, 3), {"vision_config": _QWEN2_TOWER}),
     "qwen2.5_vl": ("qwen2_5_vl", _sections(2, 3, 3), {"vision_config": _QWEN_TOWER}),
     "qwen3_vl": ("qwen3_vl", _sections(3, 3, 2), {"vision_config": _QWEN_TOWER | {"deepstack_visual_indexes": [0]}}),
+    "qwen3.5 with images": ("qwen3_5", _DELTA | _QWEN_ROPE, {"vision_config": _QWEN_TOWER}),
     "internvl": ("internvl", {}, {"vision_config": _TOWER | {"image_size": [28, 28], "patch_size": [14, 14]}}),
 }  # fmt: skip
-_DELTA = {
-    "layer_types": ["linear_attention", "full_attention", "linear_attention"], "linear_num_value_heads": 4,
-    "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
-    "rope_parameters": {
-        "rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5
-    },
-}  # fmt: skip
-UNPACKED = {"qwen3.5": ("qwen3_5", _DELTA, {"vision_config": _QWEN_TOWER})}  # trained by TRL's step
 SERVED = [*ARCHITECTURES, *WRAPPERS]
 
 
@@ -168,7 +184,7 @@ def config_of(architecture, **extra):
     if architecture in ARCHITECTURES:
         model_type, settings = ARCHITECTURES[architecture]
         return AutoConfig.for_model(model_type, **{**SIZES, **settings, **extra})
-    model_type, settings, rest = (WRAPPERS | UNPACKED)[architecture]
+    model_type, settings, rest = WRAPPERS[architecture]
     inner = AutoConfig.for_model(model_type).get_text_config().model_type
     return AutoConfig.for_model(model_type, text_config={"model_type": inner, **SIZES, **settings, **extra}, **rest)
 
@@ -194,6 +210,7 @@ def lora(**extra):
 def tuned_model(architecture="llama", dtype=torch.float64):
     """A small model whose adapter is not zero."""
     model = get_peft_model(base_model(architecture).to(dtype), lora())
+    recurrence.remember(model)
     fill_adapter(model)
     return model.to(dtype)
 

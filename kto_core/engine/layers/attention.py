@@ -11,13 +11,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from kto_core.engine.packing.tree import Segments
+from kto_core.engine.packing.tree import Branches, Segments, Tree
 from kto_core.models.gpt_oss import sink_attention
 
 from . import sinks as sink_kernel
@@ -28,29 +29,42 @@ MERGE = 4096  # masked-out query-key pairs that cost less than one more call
 
 @dataclass
 class Pass:
-    """What the attention functions need of one forward. Not shared between forwards.
+    """What the attention functions need of one forward, and the recurrent ones (recurrent.py). Not shared between
+    forwards.
 
-    ``store``: where the K/V of the ``keep`` tokens go (layer -> (k, v), detached), or None. ``prefix``: a store that
-    this pass attends to before its own keys.
+    ``store``: where the K/V of the ``keep`` tokens go (layer -> (k, v), detached), and what recurrent layers have at
+    the end of the spans ``ends``; or None. ``prefix``: a store that this pass attends to before its own keys.
     """
 
     segments: Segments
     device: torch.device
     keep: torch.Tensor | None = None
+    ends: torch.Tensor | None = None
     store: dict | None = None
     prefix: dict | None = None
     _plans: dict = field(default_factory=dict)
+
+    @classmethod
+    def keeping(cls, tree: Tree, branches: Branches | None, device: torch.device) -> Pass:
+        """Over a tree, with a store of what these branches of it need, if any."""
+        if branches is None:
+            return cls(tree.segments, device)
+        keep, ends = (torch.as_tensor(a, device=device) for a in (branches.keep, branches.ends))
+        return cls(tree.segments, device, keep, ends, store={})
 
     def close(self) -> None:
         """From now on a recompute does not fill the store."""
         self.store = None
 
-    def plan(self, kind: str, window: int | None):
-        key = (kind, window)
+    def recall(self, key: Hashable, make: Callable):
+        """What was made for this pass under this key before, or ``make()``."""
         if key not in self._plans:
-            make = _varlen_plan if kind == "varlen" else _masked_plan
-            self._plans[key] = make(self.segments, self.device, window)
+            self._plans[key] = make()
         return self._plans[key]
+
+    def plan(self, kind: str, window: int | None):
+        make = _varlen_plan if kind == "varlen" else _masked_plan
+        return self.recall((kind, window), lambda: make(self.segments, self.device, window))
 
 
 def register(name: str, function) -> None:

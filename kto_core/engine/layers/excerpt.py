@@ -12,7 +12,7 @@ import torch
 
 from kto_core.hardware.out_of_memory import is_out_of_memory
 
-from . import lean, sharding
+from . import lean, recurrent, sharding
 
 LEAST, MOST = 2, 4  # layers
 ROWS = 512  # of the vocabulary, beside the tokens that are asked for
@@ -64,7 +64,8 @@ def copied(engine, ids: torch.Tensor, device: torch.device):
     _shorten(small, causal, layers)
     small._apply(lambda t: t.to(device, torch.float32 if t.dtype in NARROW else t.dtype))
     own = places[: len(ids)].to(device)
-    return (small.train(), own) if _runs(small, own) else None
+    with lean.use(recurrent.reference_forwards(engine.recurrent)):
+        return (small.train(), own) if _runs(small, own) else None
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@
   of its 4 bits when it is needed, and adds the adapter's part inside a matrix product.
 - SwiGLU: the product of gate and up is made again in the backward instead of being kept. What the down projection needs
   is kept before it is run, so that a layer that is computed again ends there and saves the largest product.
-- RMSNorm: torch's own, which keeps its input instead of float32 copies of it.
+- RMSNorm: torch's own, which keeps its input instead of float32 copies of it; the one with a gate: gated.py.
 - RoPE: three kernels instead of nine, and the heads stay in the order in which attention wants them.
 
 Anything that is not known for sure (dropout, DoRA, several adapters, another activation) keeps its own forward.
@@ -23,7 +23,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from . import sharding
+from . import gated, sharding
 
 Forwards = list[tuple[object, str, Callable]]  # whose, its name there, what to run instead
 
@@ -85,10 +85,16 @@ def _lean(module) -> partial | None:
     if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
         weight = module.weight
         return partial(_rms_norm, weight, module.variance_epsilon) if weight.ndim == 1 else None
+    if _is_gated_norm(module):
+        return partial(gated.gated_norm, module.weight, module.variance_epsilon)
     if all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
         known = type(module.act_fn).__name__ in ("SiLU", "SiLUActivation")
         return partial(_swiglu, module) if known and _is_projection(module.down_proj) else None
     return None
+
+
+def _is_gated_norm(module) -> bool:
+    return type(module).__name__.endswith("RMSNormGated") and hasattr(module, "variance_epsilon")
 
 
 def _is_projection(module) -> bool:
@@ -131,7 +137,8 @@ def _agrees(module, forward) -> bool:
     dtype = (base.compute_dtype or state.dtype) if four_bits else dtypes[0] if dtypes else torch.float32
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 4, width, generator=generator).to(weight.device, dtype)
-    theirs, ours = module(x).double(), forward(x).double()
+    inputs = [x, x.flip(0, 1)] if _is_gated_norm(module) else [x]
+    theirs, ours = module(*inputs).double(), forward(*inputs).double()
     scale = float(theirs.norm()) or 1.0
     return float((theirs - ours).norm()) / scale < (1e-4 if dtype in (torch.float32, torch.float64) else 2e-2)
 

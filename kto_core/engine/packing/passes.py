@@ -17,6 +17,8 @@ SHARE = 0.9  # of the free memory that is planned with; the rest is fragmentatio
 LAST_SHARE = 0.97  # the same where the longest row has no room otherwise: its pass is of few and large pieces
 CHUNK_BYTES = {"cuda": 2**28, "cpu": 2**26}  # float32 logits held at once
 RESERVE = {"cuda": 3 * 2**28, "cpu": 2**28}  # logits' chunks, gradients of the head's input, kernels' workspaces
+RECURRENCE = {"cuda": 2**30, "cpu": 2**26}  # bytes of what a recurrent layer computes again that may be there at once
+PROMPT = 256  # tokens of a batch for each of its rows, where that is not known
 GATHERED = 3  # divided layers' weights at once: the one that runs, the buffer it came in, and the next one's
 OFFLOADED = "To fit the longest rows, the inputs of recomputed layers are offloaded to CPU memory."
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from .spans import Spans
+
 SHARE = 8  # tokens: splitting a node for a shorter common start costs more than it saves
 
 
@@ -67,7 +69,8 @@ class Segments:
     ``queries``: ``[s, 2]`` start and end in the packed sequence, in order and without gaps. ``keys[s]``: the ranges
     (start, end) of its path among the keys, in order of position, its own tokens last. ``q_node``/``k_node``,
     ``q_pos``/``k_pos``: node and position of every query and key token; ``seen[a, b]``: node a attends to node b.
-    Keys are the stored prompt keys (if any) followed by the pass's own.
+    Keys are the stored prompt keys (if any) followed by the pass's own. ``spans``: what follows what, for layers that
+    go along a sequence.
     """
 
     queries: np.ndarray
@@ -77,6 +80,7 @@ class Segments:
     q_pos: np.ndarray
     k_pos: np.ndarray
     seen: np.ndarray
+    spans: Spans
 
 
 @dataclass
@@ -141,7 +145,9 @@ def build(prompts: list[np.ndarray], completions: list[np.ndarray]) -> Tree:
         path = [(nodes[j].start, nodes[j].start + lengths[j]) for j in np.flatnonzero(seen[a][:a])]
         queries.append((start, end))
         keys.append(_joined([*path, (start, end)]))
-    segments = Segments(np.array(queries), keys, node_of, node_of, positions, positions, seen)
+    starts = np.array([n.start for n in nodes])
+    spans = Spans(np.stack([starts, starts + lengths], 1), np.array(parents), np.full(len(nodes), -1))
+    segments = Segments(np.array(queries), keys, node_of, node_of, positions, positions, seen, spans)
 
     index = [
         np.concatenate([[end.start + len(end.tokens) - 1], *_between(end, leaf)])
@@ -154,8 +160,9 @@ def build(prompts: list[np.ndarray], completions: list[np.ndarray]) -> Tree:
 class Branches:
     """A pass of completions below the prompts of a Tree that was run before.
 
-    ``keep``: packed indices, in that tree, of the prompt tokens whose K/V this pass attends to. ``scores.index`` counts
-    the hidden states of the prompts' last tokens first (``carry``: their packed indices in the tree), then this pass's.
+    ``keep``: packed indices, in that tree, of the prompt tokens whose K/V this pass attends to. ``ends``: numbers, in
+    that tree, of the spans at whose ends it begins. ``scores.index`` counts the hidden states of the prompts' last
+    tokens first (``carry``: their packed indices in the tree), then this pass's.
     """
 
     ids: np.ndarray
@@ -163,6 +170,7 @@ class Branches:
     segments: Segments | None  # None: every completion has one token, so there is nothing to run
     scores: Scores
     keep: np.ndarray
+    ends: np.ndarray
     carry: np.ndarray
 
     def __len__(self) -> int:
@@ -182,6 +190,7 @@ def branch(tree: Tree, completions: list[np.ndarray]) -> Branches:
     keep = np.concatenate(place)
     last = [tree.nodes[e].start + len(tree.nodes[e].tokens) - 1 for e in tree.ends]
     carry, base = np.array(last), offset
+    ends, end_of = np.unique(tree.ends, return_inverse=True)
     queries, keys, index, ids, positions, node_of = [], [], [], [], [], []
     q = 0
     for i, completion in enumerate(completions):
@@ -199,7 +208,7 @@ def branch(tree: Tree, completions: list[np.ndarray]) -> Branches:
     scores = _scores(index, completions)
     if not queries:
         empty = np.zeros(0, np.int64)
-        return Branches(empty, empty, None, scores, keep, carry)
+        return Branches(empty, empty, None, scores, keep, ends, carry)
     ids, positions = np.concatenate(ids).astype(np.int64), np.concatenate(positions)
     column = {k: j for j, k in enumerate(kept)}
     seen = np.zeros((len(queries), len(kept) + len(queries)), bool)
@@ -211,8 +220,9 @@ def branch(tree: Tree, completions: list[np.ndarray]) -> Branches:
     k_node = np.concatenate([np.repeat(np.arange(len(kept)), [len(tree.nodes[k].tokens) for k in kept]),
                              len(kept) + q_node])  # fmt: skip
     k_pos = np.concatenate([tree.positions[keep], positions])
-    segments = Segments(np.array(queries), keys, q_node, k_node, positions, k_pos, seen)
-    return Branches(ids, positions, segments, scores, keep, carry)
+    spans = Spans(np.array(queries), np.full(len(queries), -1), end_of[rows])
+    segments = Segments(np.array(queries), keys, q_node, k_node, positions, k_pos, seen, spans)
+    return Branches(ids, positions, segments, scores, keep, ends, carry)
 
 
 EVEN = (1.02, 1.1, 1.25)  # how much more than its share a pass may have: rows cannot be cut

@@ -5,6 +5,7 @@ A wrapper keeps its own class and names, so that its adapter and its merged weig
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -28,6 +29,14 @@ def class_of(config) -> type | None:
     """The class that `auto_class` takes for this config; None where transformers has none."""
     mapping = auto_class(config)._model_mapping
     return mapping.get(type(config), None)
+
+
+def functions_of(config) -> set[str]:
+    """Names in the modeling file of this config's language model."""
+    from transformers import AutoModel
+
+    decoder = AutoModel._model_mapping.get(type(config.get_text_config()), None)
+    return set(vars(sys.modules[decoder.__module__])) if isinstance(decoder, type) else set()
 
 
 def decoder_of(causal) -> torch.nn.Module:
