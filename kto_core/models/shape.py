@@ -173,6 +173,16 @@ KNOWN = {
     "qwen3-4b": _known("qwen3", 2560, 9728, 36, 32, 8, 151936, True, 40960, 128),
     "qwen3-8b": _known("qwen3", 4096, 12288, 36, 32, 8, 151936, False, 40960, 128),
     "qwen3-14b": _known("qwen3", 5120, 17408, 40, 40, 8, 151936, False, 40960, 128),
+    "qwen3-32b": _known("qwen3", 5120, 25600, 64, 64, 8, 151936, False, 40960, 128),
+    "smollm3-3b": _known("smollm3", 2048, 11008, 36, 16, 4, 128256, True, 65536),
+    "gemma-3-4b": _known("gemma3_text", 2560, 10240, 34, 8, 4, 262208, True, 131072, 256),
+    "gemma-3-12b": _known("gemma3_text", 3840, 15360, 48, 16, 8, 262208, True, 131072, 256),
+    "gemma-3-27b": _known("gemma3_text", 5376, 21504, 62, 32, 16, 262208, True, 131072, 128),
+    "gemma-4-31b": _known("gemma4_text", 5376, 21504, 60, 32, 16, 262144, True, 262144, 256),
+    "olmo-3-7b": _known("olmo3", 4096, 11008, 32, 32, 32, 100278, False, 65536),
+    "ministral-3-3b": _known("ministral3", 3072, 9216, 26, 32, 8, 131072, True, 262144, 128),
+    "ministral-3-8b": _known("ministral3", 4096, 14336, 34, 32, 8, 131072, False, 262144, 128),
+    "ministral-3-14b": _known("ministral3", 5120, 16384, 40, 32, 8, 131072, False, 262144, 128),
     "llama-3.2-1b": _known("llama", 2048, 8192, 16, 32, 8, 128256, True, 131072),
     "llama-3.2-3b": _known("llama", 3072, 8192, 28, 24, 8, 128256, True, 131072),
     "llama-3.1-8b": _known("llama", 4096, 14336, 32, 32, 8, 128256, False, 131072),
@@ -185,7 +195,12 @@ KNOWN = {
     "mistral-small-24b": _known("mistral", 5120, 32768, 40, 32, 8, 131072, False, 32768, 128),
     "gpt-oss-20b": _known("gpt_oss", 2880, 2880, 24, 64, 8, 201088, False, 131072, 64, experts=32),
 }
-ALIASES = {"demo": "smollm2-135m", "meta-llama-3.1-8b": "llama-3.1-8b", "mistral-nemo": "mistral-nemo-12b"}
+ALIASES = {
+    "demo": "smollm2-135m",
+    "meta-llama-3.1-8b": "llama-3.1-8b",
+    "mistral-nemo": "mistral-nemo-12b",
+    "mistral-small-3.2-24b": "mistral-small-24b",
+}
 SUFFIX = re.compile(r"(-unsloth|-bnb-4bit|-instruct|-chat|-hf|-it|-bf16|-v0\.\d|-\d{4})+$")
 SIZE = re.compile(r"(?<![\d.])(\d+(?:\.\d+)?)b(?![a-z])")
 
