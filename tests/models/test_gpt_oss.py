@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from kto_core.errors import ModelError
-from kto_core.models import gpt_oss
+from kto_core.models.experts import gpt_oss
 from kto_core.models.load import load_base
+from kto_core.models.model_gate import tensors_of
 from kto_core.planning import counting
 from kto_core.runs import folders
 from kto_core.training import start as starting
@@ -92,7 +93,7 @@ def test_it_trains_and_merges(tiny_oss, tmp_path):
     assert state.state == "finished", state.error
     assert any(entry["text"] == "Training engine: packed." for entry in state.logs)
     merged = Path(merge(made))
-    names = gpt_oss.tensor_names(merged)
+    names = tensors_of(merged)
     assert "model.layers.1.mlp.experts.gate_up_proj" in names and not any("projs.0" in n for n in names)
     assert "quantization_config" not in json.loads((merged / "config.json").read_text())
 

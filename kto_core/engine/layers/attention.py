@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from kto_core.engine.packing.tree import Segments
-from kto_core.models.gpt_oss import sink_attention
+from kto_core.models.experts.gpt_oss import sink_attention
 
 from . import sinks as sink_kernel
 

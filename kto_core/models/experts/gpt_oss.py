@@ -9,16 +9,11 @@ scores take 64 heads × length² numbers a layer.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Collection, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-from kto_core.guards.libraries import one_model_at_a_time
-
-from .model_gate import tensor_header, weight_names
 
 ATTENTION = "kto_sinks"
 EXPERT = ".experts.gate_up_projs.0.weight"
@@ -34,9 +29,8 @@ def register() -> None:
 
 
 @contextlib.contextmanager
-def layout(folder: Path) -> Iterator[None]:
-    """Inside, gpt-oss models are built with the experts and routers that the checkpoint in ``folder`` has."""
-    names = tensor_names(folder)
+def layout(names: Collection[str]) -> Iterator[None]:
+    """Inside, gpt-oss models are built with the experts and routers of a checkpoint with these tensors."""
     if not any(n.endswith(EXPERT) for n in names):
         yield
         return
@@ -50,20 +44,6 @@ def layout(folder: Path) -> Iterator[None]:
         yield
     finally:
         code.GptOssExperts, code.GptOssTopKRouter = before
-
-
-def tensor_names(folder: Path) -> set[str]:
-    """Names of the tensors in a folder's safetensors files, from their headers; empty without any."""
-    return {tensor for name in weight_names(folder) for tensor in tensor_header(folder / name)}
-
-
-def fused_experts(folder: Path) -> int:
-    """Parameters that a layer's experts share in one tensor: bitsandbytes quantizes linear layers and leaves these."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with one_model_at_a_time, layout(folder), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
-    return sum(p.numel() for name, p in model.named_parameters() if ".experts." in name and p.dim() == 3)
 
 
 class Experts(nn.Module):
