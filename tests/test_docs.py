@@ -254,8 +254,8 @@ def test_the_readmes_presets_are_the_files():
     for i, name in columns:
         c = resolving.resolve(name, {}).config
         shown = {
-            "batch×accumulation": f"{c.per_device_train_batch_size}×{c.gradient_accumulation_steps}",
-            "LoRA r/alpha": f"{c.r}/{c.lora_alpha}",
+            "batch × accumulation": f"{c.per_device_train_batch_size}×{c.gradient_accumulation_steps}",
+            "LoRA r / alpha": f"{c.r}/{c.lora_alpha}",
             "beta": f"{c.beta:g}",
             "max length": str(c.max_length),
         }

@@ -112,7 +112,8 @@ def measure(engine, autocast) -> tuple[Token, float]:
     store = stored / MEASURED[1]  # counted as if all tokens were prompt
     rest = (many_rest - few_rest) / tokens + 3 * width
     experts = getattr(config, "num_experts_per_tok", 0) or getattr(config, "top_k_experts", 0) or 1
-    busy = working(config.hidden_size, experts * _widest(config), number)
+    copies = experts if is_mixture(config) and config.model_type != "gpt_oss" else 0
+    busy = working(config.hidden_size, experts * _widest(config), number, copies)
     return Token(per_layer, width, rest, store, busy), max(0.0, few - per_layer * layers * MEASURED[0])
 
 

@@ -93,7 +93,7 @@ def require_fit(folder: Path, layout=contextlib.nullcontext):
     """
     config, model = build(folder, layout)
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    found = {name: entry for name, (_, *entry) in tensors_of(folder).items()}
+    found = {name: (kind, size) for name, (_, kind, size) in tensors_of(folder).items()}
     ignored = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
     prefix = model.base_model_prefix + "."
     for name, (dtype, shape) in sorted(found.items()):

@@ -156,7 +156,7 @@ def from_config(config: dict, name: str, source: str = "config.json") -> Shape:
         max_position_embeddings=number("max_position_embeddings", "n_positions", default=0) or None,
         head_dim=number("head_dim", default=hidden // heads),
         experts=experts,
-        experts_per_token=number("num_experts_per_tok", "top_k_experts", "moe_topk", default=0),
+        experts_per_token=number("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", default=0),
         quantized="4bit" in str(config.get("quantization_config") or {}).replace("_", ""),
         source=source,
     )
@@ -170,9 +170,10 @@ def _extra(s: Shape, text: dict) -> int:
         return value if isinstance(value := text.get(key), int) and 0 < value < 2**31 else 0
 
     kinds = text.get("mlp_layer_types")
-    first = size("first_k_dense_replace") or size("num_dense_layers")
+    first = size("first_k_dense_replace") or size("num_dense_layers") or size("moe_layer_start_index")
     plain, one = min(kinds.count("dense") if isinstance(kinds, list) else first, s.layers), 3 * s.hidden
-    shared = (size("n_shared_experts") or size("num_shared_experts")) * s.intermediate
+    shared = size("n_shared_experts") or size("num_shared_experts") or size("moe_num_shared_experts")
+    shared *= s.intermediate
     shared = shared or size("shared_expert_intermediate_size") or size("shared_intermediate_size")
     if text.get("enable_moe_block"):  # Gemma 4: beside the layer's own FFN
         shared = size("intermediate_size")

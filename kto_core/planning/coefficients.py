@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from kto_core.hardware.gpus import CONTEXT_GIB, GIB
 
+MIXTURE = "mixture"
+
 
 class Saved(NamedTuple):
     """Bytes kept of one token in one layer, per unit of a width: with 16-bit activations, with float32 activations."""
@@ -50,6 +52,8 @@ class Coefficients:
             "gemma2": Saved((58.3, 70.3), (0.0, 0.0), (8.0, 16.0)),
             "gpt_oss": Saved((8.0, 10.0), (0.0, 0.0), (12.0, 24.0), (214.0, 294.0), (11.06, 22.06), (2.0, 4.0)),
             "gemma3_text": Saved((26.1, 34.1), (4.0, 6.0), (8.0, 16.0)),
+            # Qwen3-MoE with 128 experts, of which a token takes 8; of all mixtures but gpt-oss
+            MIXTURE: Saved((8.0, 10.3), (4.0, 6.0), (6.0, 12.0), (823.0, 1140.0), (8.4, 12.4), (2.0, 3.9)),
         }
     )
     # on a card, where it differs: keys and values are not repeated for every query head

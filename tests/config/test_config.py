@@ -25,6 +25,7 @@ CONTRACT = {  # preset: batch, accumulation, r, alpha, beta, max length
     "14b": (2, 16, 64, 128, 0.1, 2048),
     "20b": (4, 8, 128, 256, 0.05, 4096),
     "27b": (2, 16, 16, 32, 0.1, 2048),
+    "30b-a3b": (2, 16, 32, 64, 0.1, 2048),
 }
 
 
@@ -99,7 +100,7 @@ def test_a_preset_holds_only_what_it_decides():
         same = {k for k, v in values.items() if k != "description" and getattr(defaults, k) == v}
         stated = {"per_device_train_batch_size", "gradient_accumulation_steps", "r", "lora_alpha", "beta", "max_length"}
         assert same <= stated | {"model"}, f"{name}: {same} only repeat the default"
-    assert list(C.presets()) == ["demo", "3b", "4b", "7b", "8b", "13b", "14b", "20b", "27b"]
+    assert list(C.presets()) == ["demo", "3b", "4b", "7b", "8b", "13b", "14b", "20b", "27b", "30b-a3b"]
     assert all(v["description"] for v in C.presets().values())
 
 
@@ -263,7 +264,7 @@ def test_a_broken_file_is_one_clear_error(tmp_path):
     assert len(e.value.problems) == 2 and all("config.yaml" in p for p in e.value.problems)
     with pytest.raises(ConfigError) as e:
         C.resolve("7", {})
-    assert "demo, 3b, 4b, 7b, 8b, 13b, 14b, 20b, 27b" in str(e.value)
+    assert "demo, 3b, 4b, 7b, 8b, 13b, 14b, 20b, 27b, 30b-a3b" in str(e.value)
 
 
 def test_a_faulty_preset_file_can_be_mended_by_an_override(tmp_path):

@@ -11,9 +11,9 @@ from kto_core.engine import available, probe
 from kto_core.engine.group import Group, Objective
 from kto_core.engine.layers.dropout import switch_off
 from kto_core.engine.step import Engine
-from kto_core.errors import ModelError
-from kto_core.models.experts import bank, held
-from kto_core.models.load import load_base, lora_config
+from kto_core.errors import ConfigError, ModelError
+from kto_core.models.experts import bank, filling, held
+from kto_core.models.load import load_base, lora_config, without_weights
 from kto_core.models.model_gate import tensors_of
 from tests.support import mixtures, oracle
 from tests.support.mixtures import make_mixture
@@ -146,11 +146,11 @@ def test_experts_are_never_whole_in_16_bits(folder_of, monkeypatch):
     assert set(sizes) == {64 * 64} and len(sizes) == 3 * 6 * 3
 
 
-@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_bank_multiplies_as_its_dense_weights(double, dtype):
+def test_a_bank_multiplies_as_its_dense_weights(nested, dtype):
     torch.manual_seed(0)
-    b = bank.Bank(5, 96, 64, 2, dtype=dtype, device="cpu", double=double)
+    b = bank.Bank(5, 96, 64, 2, dtype=dtype, device="cpu", nested=nested)
     weights = torch.randn(5, 96, 64) * torch.arange(1, 6)[:, None, None]
     for e in range(5):
         for part in range(2):
@@ -205,6 +205,26 @@ def test_train_chat_and_merge(nf4, folder_of, tmp_path, monkeypatch):
     assert {kind for _, kind, _ in names.values()} == {"BF16"}
 
 
+def test_the_packed_engine_trains_it_as_trl_does(folder_of, tmp_path):
+    """With TRL's pairs and z0 the losses of TRL's own step; recomputed layers too."""
+    from kto_core.runs import folders
+    from kto_core.training import start as starting
+
+    data, losses = make_data(tmp_path / "rows.jsonl"), {}
+    for engine, checkpointing in (("trl", False), ("packed", False), ("packed", True)):
+        settings = {"engine": engine, "kl_group": "microbatch", "learning_rate": 1e-3, "max_steps": 3,
+                    "gradient_checkpointing": checkpointing, "load_in_4bit": True, "max_length": 512}  # fmt: skip
+        made = folders.create(resolved(folder_of("qwen3_moe"), data, **settings))
+        starting.start(made, block=True)
+        state = made.state()
+        assert state.state == "finished", state.error
+        losses[engine, checkpointing] = [m["loss"] for m in state.metrics if "loss" in m]
+    trl = losses["trl", False]
+    assert trl[0] == pytest.approx(0.5, abs=1e-5) and trl[-1] != pytest.approx(trl[0], rel=1e-3)
+    for engine in (("packed", False), ("packed", True)):
+        assert losses[engine] == pytest.approx(trl, rel=2e-3)
+
+
 # ---- refused ---------------------------------------------------------------------------------------------------------
 
 
@@ -240,3 +260,74 @@ def test_experts_of_another_form_are_refused_before_anything_is_loaded(tiny_mode
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *_, **__: pytest.fail("was loaded"))
     with pytest.raises(ModelError, match=r"cannot be quantized to 4-bit while loading"):
         load(tmp_path / "oss")
+
+
+def test_4_bit_experts_that_nobody_can_read_are_refused(folder_of, monkeypatch):
+    folder = folder_of("qwen3_moe", nf4=True)
+    monkeypatch.setattr(held, "why_not", lambda module: "its experts sing")
+    monkeypatch.setattr(filling, "why_not", held.why_not)
+    with pytest.raises(ModelError, match=r"are in 4 bits, and its experts sing, so they cannot be read \(model.layers"):
+        load(folder)
+    with pytest.raises(ModelError, match="cannot be quantized to 4-bit while loading: its experts sing"):
+        load(folder_of("qwen3_moe"))
+
+
+def test_experts_as_targets_are_refused(folder_of):
+    config = resolved(folder_of("qwen3_moe"), "none", target_modules=["q_proj", "gate_proj"]).config
+    with pytest.raises(ConfigError, match=r"experts cannot be trained \(gate_proj\)"):
+        without_weights(config, folder_of("qwen3_moe"))
+
+
+# ---- the plan --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_the_packed_engine_keeps_is_foretold(dtype, tmp_path, tiny_model, monkeypatch):
+    """A mixture of sizes that were not fitted, as many experts as the plan's constants are for."""
+    from contextlib import nullcontext
+    from functools import partial
+
+    from kto_core.engine import limits
+    from kto_core.models import shape
+    from kto_core.models.load import add_adapter
+    from kto_core.planning import counting, memory
+
+    sizes = {"num_experts": 128, "num_experts_per_tok": 8, "hidden_size": 192, "num_attention_heads": 8, "head_dim": 32,
+             "moe_intermediate_size": 128, "num_hidden_layers": 2}  # fmt: skip
+    monkeypatch.setitem(mixtures.KINDS, "qwen3_moe", mixtures.KINDS["qwen3_moe"] | sizes)
+    folder = make_mixture(tmp_path / "model", tiny_model, "qwen3_moe")
+    config = resolved(
+        folder, "none", load_in_4bit=True, target_modules="all-linear", engine="packed", dtype=dtype
+    ).config
+    engine = Engine(add_adapter(load_base(config, for_training=True), config))
+    autocast = nullcontext if dtype == "float32" else partial(torch.autocast, "cpu", torch.bfloat16)
+    measured, _ = limits.measure(engine, autocast)
+    counted = counting._token(config, shape.find(str(folder)), memory.Coefficients(), False)
+    assert counted.layer == pytest.approx(measured.layer, rel=0.05)
+    assert (counted.entry, counted.busy) == (measured.entry, measured.busy)
+
+
+@pytest.mark.parametrize("kind", [k for k in mixtures.KINDS if k not in ("granitemoe", "gemma4_text")])
+def test_a_mixture_is_counted_whole(kind):
+    """Shared experts, layers without experts and latent attention too: within norms, routers and biases."""
+    from transformers import AutoModelForCausalLM
+
+    from kto_core.models.shape import from_config
+
+    config = mixtures.config_of(kind)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    total = sum(p.numel() for p in model.parameters())
+    assert from_config(config.to_dict(), kind).parameters == pytest.approx(total, rel=0.02)
+
+
+def test_the_plan_counts_experts_in_4_bits():
+    from kto_core.hardware import gpus
+    from kto_core.planning import memory
+
+    c = resolved("unsloth/Qwen3-30B-A3B-bnb-4bit", "none", preset="30b-a3b", engine="auto", load_in_4bit=True).config
+    parts = memory.plan(c, [2048] * 64, device=gpus.imagined(24)).parts
+    assert 15 < parts["weights"] < 16 and parts["dequantized layer"] == 0.125
+    whole = memory.plan(c.model_copy(update={"model": "Qwen/Qwen3-30B-A3B", "load_in_4bit": False}), [2048] * 64,
+                        device=gpus.imagined(24))  # fmt: skip
+    assert whole.verdict == "does not fit" and whole.parts["weights"] > 50

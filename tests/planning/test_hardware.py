@@ -94,7 +94,7 @@ def test_saved_bytes_of_the_packed_engine(kind):
 @pytest.mark.parametrize(
     ("preset", "engine"),
     [(p, e) for p in ("3b", "4b", "7b", "8b", "13b", "14b", "20b") for e in ("auto", "trl", "unsloth")]
-    + [("27b", "auto")],  # whose room is too small for two padded rows
+    + [("27b", "auto"), ("30b-a3b", "auto")],  # whose room is too small for two padded rows
 )
 def test_presets_fit_24_gib_on_usual_rows(preset, engine):
     plan = memory.plan(resolve(preset, engine=engine), LENGTHS, device=CARD)
@@ -242,11 +242,14 @@ def test_a_process_of_several_gpus_plans_for_its_own(monkeypatch):
 
 
 def test_auto_plans_with_the_engine_that_trains(tmp_path):
-    """The packed engine serves gpt-oss, and no other mixture of experts."""
+    """The packed engine serves gpt-oss and the mixtures of experts that it was checked with."""
     sizes = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 16}
     mixtral = {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2, "vocab_size": 32000, **sizes}
     (tmp_path / "config.json").write_text(json.dumps(mixtral))
-    for model, engine in (("gpt-oss-20b", "packed"), (str(tmp_path), "trl")):
+    unknown = tmp_path / "unknown"
+    unknown.mkdir()
+    (unknown / "config.json").write_text(json.dumps(mixtral | {"model_type": "nobody_knows"}))
+    for model, engine in (("gpt-oss-20b", "packed"), (str(tmp_path), "packed"), (str(unknown), "trl")):
         plans = {
             e: memory.plan(resolve("20b", model=model, engine=e), LENGTHS, device=CARD)
             for e in ("auto", "packed", "trl")

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from . import CHUNK_BYTES
+
 NESTED = 256  # scales that share one in bitsandbytes' double quantization
-CHUNK_BYTES = 128 * 2**20  # of experts out of their 4 bits at a time, on a GPU
 
 
 class Bank(nn.Module):
@@ -25,8 +26,14 @@ class Bank(nn.Module):
 
     Args:
         dtype: of what leaves the 4 bits where nothing else is asked for.
-        blocksize, quant_type, double: bitsandbytes' settings.
+        blocksize, quant_type, nested: bitsandbytes' settings; ``nested`` is double quantization.
     """
+
+    packed: torch.Tensor
+    scales: torch.Tensor
+    outer: torch.Tensor
+    offset: torch.Tensor
+    code: torch.Tensor
 
     def __init__(
         self,
@@ -39,17 +46,17 @@ class Bank(nn.Module):
         device,
         blocksize: int = 64,
         quant_type: str = "nf4",
-        double: bool = True,
+        nested: bool = True,
     ):
         super().__init__()
         self.experts, self.outputs, self.inputs, self.parts = experts, outputs, inputs, parts
-        self.dtype, self.blocksize, self.quant_type, self.double = dtype, blocksize, quant_type, double
+        self.dtype, self.blocksize, self.quant_type, self.nested = dtype, blocksize, quant_type, nested
         size = outputs * inputs // parts
         blocks = size // blocksize
         pieces = experts * parts
         self._buffer("packed", (pieces, size // 2), torch.uint8, device)
-        self._buffer("scales", (pieces, blocks), torch.uint8 if double else torch.float32, device)
-        if double:
+        self._buffer("scales", (pieces, blocks), torch.uint8 if nested else torch.float32, device)
+        if nested:
             self._buffer("outer", (pieces, math.ceil(blocks / NESTED)), torch.float32, device)
             self._buffer("offset", (pieces, 1), torch.float32, device)
             self._buffer("code", (256,), torch.float32, device)
@@ -74,7 +81,7 @@ class Bank(nn.Module):
         data, state = quantize_4bit(
             weight.contiguous(),
             blocksize=self.blocksize,
-            compress_statistics=self.double,
+            compress_statistics=self.nested,
             quant_type=self.quant_type,
         )
         self.put_quantized(expert, part, data, state)
@@ -86,12 +93,12 @@ class Bank(nn.Module):
             ValueError: it is quantized in another way than the bank.
         """
         theirs = (state.blocksize, state.quant_type, state.nested)
-        if theirs != (self.blocksize, self.quant_type, self.double) or data.numel() != self.packed.shape[1]:
+        if theirs != (self.blocksize, self.quant_type, self.nested) or data.numel() != self.packed.shape[1]:
             raise ValueError(f"an expert's weights are quantized as {theirs}, others are not")
         i = expert * self.parts + part
         self.packed[i] = data.view(torch.uint8).flatten()
         self.scales[i] = state.absmax.flatten()
-        if self.double:
+        if self.nested:
             self.outer[i], self.offset[i] = state.state2.absmax, state.offset
             self.code.copy_(state.state2.code)  # the same of all: it depends on the format alone
 
@@ -105,7 +112,7 @@ class Bank(nn.Module):
         else:
             pieces = (experts[:, None] * self.parts + torch.arange(self.parts, device=experts.device)).flatten()
         packed, scales = self.packed[pieces], self.scales[pieces]
-        if self.double:
+        if self.nested:
             outer = self.outer[pieces].repeat_interleave(NESTED, 1)[:, : scales.shape[1]]
             scales = self.code[scales.int()] * outer + self.offset[pieces]
         known = dtype if dtype in (torch.bfloat16, torch.float16, torch.float32) else torch.float32
@@ -161,7 +168,6 @@ def _product(bank: Bank, rows: torch.Tensor, counts: list[int], *, forward: bool
     grouped = _grouped(rows, bank)
     done = 0
     for experts, own in _chunks(bank, counts, rows):
-        weights = None  # gone before the next are made
         weights = bank.dense(experts, rows.dtype)
         weights = weights.transpose(-2, -1) if forward else weights
         end = done + sum(own)
@@ -175,6 +181,7 @@ def _product(bank: Bank, rows: torch.Tensor, counts: list[int], *, forward: bool
                     torch.mm(rows[place : place + n], weights[i], out=out[place : place + n])
                 place += n
         done = end
+        del weights  # before the next are made
     out[done:] = 0
     return out
 

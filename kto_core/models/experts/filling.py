@@ -18,7 +18,7 @@ import torch
 from kto_core.errors import Cancelled, ModelError
 
 from .bank import Bank
-from .held import WEIGHTS, Held, held
+from .held import WEIGHTS, held, why_not
 
 SCALES = re.compile(r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__(?:nf4|fp4))$")
 NUMBER = re.compile(r"\.experts\.(\d+)\.")
@@ -60,6 +60,12 @@ def sources(model, headers: Header, folder: str) -> list[Source]:
     for name, module in held(model).items():
         for weight in WEIGHTS:
             found[f"{name}.{weight}"] = Source(name, weight, module.sizes[weight], 1)
+    names = {SCALES.sub("", name) for name in headers if SCALES.search(name) and NUMBER.search(name)}
+    if not found and (strange := sorted(names - model.state_dict().keys())):
+        raise ModelError(
+            f"The experts of {folder} are in 4 bits, and {_reason(model)}, so they cannot be read ({strange[0][:100]}). Use "
+            "a 16-bit checkpoint with load_in_4bit false, or choose another model."
+        )
     if not found:
         return []
     rename = _renamer(model, found)
@@ -88,6 +94,12 @@ def sources(model, headers: Header, folder: str) -> list[Source]:
                 "Download it again, or choose another model."
             )
     return list(found.values())
+
+
+def _reason(model) -> str:
+    """Why a model's experts are not held in 4 bits."""
+    fused = next((m for m in model.modules() if hasattr(m, "_apply_gate")), None)
+    return (why_not(fused) if fused is not None else "") or "its experts are of a kind that is not known here"
 
 
 def _renamer(model, found: dict[str, Source]) -> Callable[[str], tuple[str, int, int, bool]]:
@@ -200,19 +212,18 @@ def fill(
         if cancel is not None and cancel.is_set():
             raise Cancelled("Loading was cancelled.")
         progress(i / len(found))
-        module: Held = model.get_submodule(source.module)
         bank: Bank | None = None
         for (expert, part), piece in sorted(source.pieces.items()):
             data, state = _read(tensors, piece, source, part, device)
             if bank is None:
                 how = (state.blocksize, state.quant_type, state.nested) if state else (64, quant_type, double)
                 bank = Bank(*source.shape, source.parts, dtype=dtype, device=device, blocksize=how[0],
-                            quant_type=how[1], double=how[2])  # fmt: skip
+                            quant_type=how[1], nested=how[2])  # fmt: skip
             try:
                 bank.put_quantized(expert, part, data, state) if state else bank.put(expert, part, data)
             except ValueError as e:
                 raise ModelError(f"{source.module}: {e}. Choose another checkpoint of this model.") from e
-        module.banks[source.weight] = bank
+        model.get_submodule(source.module).banks[source.weight] = bank
 
 
 def _read(tensors, piece: Piece, source: Source, part: int, device) -> tuple[torch.Tensor, Any]:

@@ -23,7 +23,9 @@ FEW = 16  # pairs of a token and an expert that are computed one by one: an answ
 
 
 class Held(nn.Module):
-    """What experts do once their weights are in ``banks``: one for each of `WEIGHTS`."""
+    """What experts do once their weights are in ``banks``, one for each of `WEIGHTS`; ``sizes``: of both."""
+
+    sizes: dict[str, tuple[int, int, int]]
 
     def forward(self, hidden_states, top_k_index, top_k_weights):
         """``[…, hidden]``, the experts of each token ``[n, k]`` and their weights ``[n, k]`` -> ``[…, hidden]``."""
