@@ -84,6 +84,7 @@ def load_base(
 
     from kto_core.hardware.gpus import prepare
 
+    from .experts import gpt_oss
     from .language.towers import leave_out_towers
 
     transformers_ready()
@@ -130,6 +131,8 @@ def load_base(
         for module in model.modules():
             if getattr(module, "compute_dtype", None) == torch.bfloat16:
                 module.compute_dtype = dtype
+    if not in_main_memory:  # what is divided stays as it is
+        gpt_oss.into_banks(model)
     if for_training:
         keep_weights_trainable(model)
     leave_out_towers(model)

@@ -212,7 +212,8 @@ def _parts(c: RunConfig, s: Shape, moving: dict[str, float], k: Coefficients, gp
 
 
 def _held(s: Shape) -> bool:
-    """Whether the experts are held in banks (`models.experts`); gpt-oss's are linear layers."""
+    """Whether the experts are in banks from the start (`models.experts`): gpt-oss's are linear layers that may be
+    divided, and its coefficients are its own."""
     return s.experts > 0 and s.architecture != "gpt_oss"
 
 
@@ -222,7 +223,7 @@ def _dequantized(s: Shape, number: int, gpu: bool) -> float:
     if s.experts:  # an expert's gate and up are one layer
         sizes.append(2 * s.hidden * s.intermediate)
     largest = 2 * max(sizes) * number
-    together = s.experts * sizes[-1] * number if _held(s) and gpu else 0
+    together = s.experts * sizes[-1] * number if s.experts and gpu else 0
     return max(largest, min(CHUNK_BYTES, together))
 
 

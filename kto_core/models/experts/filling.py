@@ -63,8 +63,8 @@ def sources(model, headers: Header, folder: str) -> list[Source]:
     names = {SCALES.sub("", name) for name in headers if SCALES.search(name) and NUMBER.search(name)}
     if not found and (strange := sorted(names - model.state_dict().keys())):
         raise ModelError(
-            f"The experts of {folder} are in 4 bits, and {_reason(model)}, so they cannot be read ({strange[0][:100]}). Use "
-            "a 16-bit checkpoint with load_in_4bit false, or choose another model."
+            f"The experts of {folder} are in 4 bits, and {_reason(model)}, so they cannot be read ({strange[0][:90]}). "
+            "Use a 16-bit checkpoint with load_in_4bit false, or choose another model."
         )
     if not found:
         return []

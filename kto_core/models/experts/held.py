@@ -29,24 +29,38 @@ class Held(nn.Module):
 
     def forward(self, hidden_states, top_k_index, top_k_weights):
         """``[…, hidden]``, the experts of each token ``[n, k]`` and their weights ``[n, k]`` -> ``[…, hidden]``."""
-        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
-        up, down = (self.banks[name] for name in WEIGHTS)
-        chosen, weights = top_k_index.flatten(), top_k_weights.flatten()
-        k = top_k_index.shape[-1]
-        if len(chosen) <= FEW and not torch.is_grad_enabled():
-            each = self._apply_gate(multiply_few(up, tokens.repeat_interleave(k, 0), chosen))
-            answers = multiply_few(down, each, chosen) * weights[:, None]
-        else:
-            order = chosen.argsort(stable=True)  # each expert's tokens side by side
-            back = torch.empty_like(order)
-            back[order] = torch.arange(len(order), device=order.device)
-            counts = chosen.bincount(minlength=up.experts).tolist()[: up.experts]
-            each = self._apply_gate(multiply(up, _Spread.apply(tokens, order, back, k), counts))
-            answers = multiply(down, each, counts)
-            # each token's answers side by side again: adding them where they belong would round by chance on a GPU, and
-            # policy and reference would differ before anything is learned
-            answers = _Permuted.apply(answers, back, order) * weights[:, None]
-        return answers.view(-1, k, answers.shape[-1]).sum(1).to(hidden_states.dtype).view(hidden_states.shape)
+        return through(self.banks, self._apply_gate, hidden_states, top_k_index, top_k_weights)
+
+
+def through(banks, gate, hidden_states, top_k_index, top_k_weights, biases=None):
+    """Tokens through their experts; see `Held.forward`.
+
+    Args:
+        banks: by `WEIGHTS`. gate: ``[n, 2 × width]`` -> ``[n, width]``. biases: by `WEIGHTS`, ``[experts, out]`` each.
+    """
+    tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+    up, down = (banks[name] for name in WEIGHTS)
+    chosen, weights = top_k_index.flatten(), top_k_weights.flatten()
+    k = top_k_index.shape[-1]
+
+    def with_bias(name: str, found: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+        return found if biases is None else found + biases[name][experts].to(found.dtype)
+
+    if len(chosen) <= FEW and not torch.is_grad_enabled():
+        each = with_bias(WEIGHTS[0], multiply_few(up, tokens.repeat_interleave(k, 0), chosen), chosen)
+        answers = with_bias(WEIGHTS[1], multiply_few(down, gate(each), chosen), chosen) * weights[:, None]
+    else:
+        order = chosen.argsort(stable=True)  # each expert's tokens side by side
+        back = torch.empty_like(order)
+        back[order] = torch.arange(len(order), device=order.device)
+        counts = chosen.bincount(minlength=up.experts).tolist()[: up.experts]
+        own = chosen[order] if biases is not None else order
+        each = with_bias(WEIGHTS[0], multiply(up, _Spread.apply(tokens, order, back, k), counts), own)
+        answers = with_bias(WEIGHTS[1], multiply(down, gate(each), counts), own)
+        # each token's answers side by side again: adding them where they belong would round by chance on a GPU, and
+        # policy and reference would differ before anything is learned
+        answers = _Permuted.apply(answers, back, order) * weights[:, None]
+    return answers.view(-1, k, answers.shape[-1]).sum(1).to(hidden_states.dtype).view(hidden_states.shape)
 
 
 class _Spread(torch.autograd.Function):
