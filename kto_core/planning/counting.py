@@ -193,8 +193,8 @@ def _parts(c: RunConfig, s: Shape, moving: dict[str, float], k: Coefficients, gp
     adapters = s.lora_parameters(c.target_modules, c.r)
     weights, gathered = s.linear_parameters * linear, 0.0
     if is_sharded(c, s):
-        moved = s.linear_parameters - (s.expert_parameters if _held(s) else 0)  # held experts stay whole, too
-        moved *= 0.5 if four_bits else number  # the scales of 4-bit weights do
+        divided = s.linear_parameters - (s.expert_parameters if _held(s) and four_bits else 0)  # experts in banks stay
+        moved = divided * (0.5 if four_bits else number)  # whole, and the scales of 4-bit weights
         weights += moved / c.num_gpus - moved
         gathered = passes.GATHERED * moved / s.layers
     bytes_ = {

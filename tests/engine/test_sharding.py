@@ -13,6 +13,7 @@ from kto_core.hardware import gpus
 from kto_core.hardware.gpus import Device
 from kto_core.planning import choices, memory
 from tests.engine.test_engine_processes import ROOT, TWO
+from tests.support.mixtures import make_mixture
 from tests.support.training import FAST, PLACE, events, make_data, metrics, resolved, state
 
 CARD = Device(0, "x", 24.0, 24.0, 0.0, (8, 6))
@@ -117,10 +118,12 @@ end_process(0)
 """
 
 
-@pytest.mark.parametrize("four_bits", [True, False])
-def test_divided_weights_give_the_same_numbers(tmp_path, tiny_model, four_bits):
+@pytest.mark.parametrize(("kind", "four_bits"), [("llama", True), ("llama", False), ("qwen3_moe", True)])
+def test_divided_weights_give_the_same_numbers(tmp_path, tiny_model, kind, four_bits):
+    """Of a mixture the attention is divided; its experts in 4 bits stay whole."""
     script = tmp_path / "divided.py"
-    names = {"root": str(ROOT), "model": str(tiny_model), "four_bits": four_bits}
+    model = tiny_model if kind == "llama" else make_mixture(tmp_path / "model", tiny_model, kind)
+    names = {"root": str(ROOT), "model": str(model), "four_bits": four_bits}
     script.write_text(SCRIPT.format(**names))
     env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
     done = subprocess.run([*TWO, str(script)], capture_output=True, text=True, timeout=200, env=env)
