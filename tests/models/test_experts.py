@@ -172,6 +172,32 @@ def test_a_bank_multiplies_as_its_dense_weights(nested, dtype):
     assert torch.allclose(few, wanted, rtol=scale, atol=scale * float(wanted.detach().abs().max()))
 
 
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral"])
+def test_the_chats_own_decoder_gives_the_same_tokens(kind, folder_of):
+    """A token's experts one by one, without a question to the GPU, which a CUDA graph could not hold."""
+    from kto_core.chat import decode
+
+    model = load(folder_of(kind)).eval()
+    ids = list(range(7, 40))
+    with torch.no_grad():
+        wanted = model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False, eos_token_id=299)
+    assert decode.serves(model)
+    decoder = decode.Decoder(model, graph=False)
+    assert list(decoder.tokens(ids, False, lambda text, logits: logits.argmax(-1), 8)) == wanted[0, len(ids) :].tolist()
+
+
+def test_a_dry_run_says_what_will_be_trained(folder_of, tmp_path):
+    from kto_core.planning.dry_run import dry_run
+
+    plan = dry_run(
+        resolved(
+            folder_of("glm4_moe_lite"), make_data(tmp_path / "rows.jsonl"), engine="auto", load_in_4bit=True
+        ).config
+    )
+    assert not plan["problem"] and plan["engine"]["name"] == "packed"
+    assert 0 < plan["adapter"]["share"] < 0.5 and "Experts are not trained." in plan["adapter"]["says"]
+
+
 @pytest.mark.parametrize("nf4", [False, True])
 def test_train_chat_and_merge(nf4, folder_of, tmp_path, monkeypatch):
     from kto_core.chat.chat import Chat
