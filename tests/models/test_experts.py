@@ -147,8 +147,13 @@ def test_experts_are_never_whole_in_16_bits(folder_of, monkeypatch):
 
 
 @pytest.mark.parametrize("nested", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_bank_multiplies_as_its_dense_weights(nested, dtype):
+@pytest.mark.parametrize(("dtype", "together"), [(torch.float32, 1), (torch.bfloat16, 1), (torch.bfloat16, 3)])
+def test_a_bank_multiplies_as_its_dense_weights(nested, dtype, together, monkeypatch):
+    """One expert at a time; or several in one grouped product, as on a GPU."""
+    if together > 1:
+        chunks = [slice(0, 3), slice(3, 5)]
+        monkeypatch.setattr(bank, "_grouped", lambda *_: True)
+        monkeypatch.setattr(bank, "_chunks", lambda _, counts, rows: ((s, counts[s]) for s in chunks))
     torch.manual_seed(0)
     b = bank.Bank(5, 96, 64, 2, dtype=dtype, device="cpu", nested=nested)
     weights = torch.randn(5, 96, 64) * torch.arange(1, 6)[:, None, None]

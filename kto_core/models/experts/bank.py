@@ -8,6 +8,7 @@ bitsandbytes' linear layers: NF4 or FP4 in blocks, the blocks' scales in 8 bits 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -166,14 +167,14 @@ class _Product(torch.autograd.Function):
 def _product(bank: Bank, rows: torch.Tensor, counts: list[int], *, forward: bool) -> torch.Tensor:
     out = rows.new_empty(len(rows), bank.outputs if forward else bank.inputs)
     grouped = _grouped(rows, bank)
+    ends = torch.tensor(list(itertools.accumulate(counts)), dtype=torch.int32, device=rows.device) if grouped else None
     done = 0
     for experts, own in _chunks(bank, counts, rows):
         weights = bank.dense(experts, rows.dtype)
         weights = weights.transpose(-2, -1) if forward else weights
         end = done + sum(own)
-        if grouped:
-            ends = torch.tensor(own, device=rows.device).cumsum(0, dtype=torch.int32)
-            out[done:end] = F.grouped_mm(rows[done:end], weights, offs=ends)
+        if ends is not None:
+            out[done:end] = F.grouped_mm(rows[done:end], weights, offs=ends[experts] - done)
         else:
             place = done
             for i, n in enumerate(own):

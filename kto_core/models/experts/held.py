@@ -158,6 +158,7 @@ def _held_class(kind: type) -> type:
         self.sizes = {name: tuple(getattr(self, name).shape) for name in WEIGHTS}
         for name in WEIGHTS:
             delattr(self, name)
+            self.register_buffer(name, torch.empty(0), persistent=False)  # what some blocks initialize
         self.banks = nn.ModuleDict()
         self._is_hf_initialized = True
 
@@ -174,6 +175,7 @@ def fuse(model, dtype: torch.dtype) -> None:
     for module in held(model).values():
         for name in WEIGHTS:
             bank = module.banks[name]
+            delattr(module, name)
             weight = torch.stack([bank.dense(slice(e, e + 1), dtype)[0] for e in range(bank.experts)])
             module.register_parameter(name, nn.Parameter(weight, requires_grad=False))
         del module.banks
