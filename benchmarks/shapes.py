@@ -16,7 +16,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 ROOT = Path(tempfile.gettempdir()) / "kto-shapes"  # where the scripts look for shapes, and make them
-# name: model_type, hidden, intermediate, layers, heads, key/value heads, vocabulary, tied embeddings
+# name: model_type, hidden, intermediate (of an expert, in a mixture), layers, heads, key/value heads, vocabulary, tied
+# embeddings
 SHAPES = {
     "smollm2-135m": ("llama", 576, 1536, 30, 9, 3, 49152, True),
     "llama-3.2-3b": ("llama", 3072, 8192, 28, 24, 8, 128256, True),
@@ -27,6 +28,7 @@ SHAPES = {
     "llama-2-13b": ("llama", 5120, 13824, 40, 40, 40, 32000, False),
     "qwen2.5-14b": ("qwen2", 5120, 13824, 48, 40, 8, 152064, False),
     "gpt-oss-20b": ("gpt_oss", 2880, 2880, 24, 64, 8, 201088, False),
+    "qwen3-30b-a3b": ("qwen3_moe", 2048, 768, 48, 32, 4, 151936, False),
 }
 FIELDS = (
     "hidden_size",
@@ -37,7 +39,17 @@ FIELDS = (
     "vocab_size",
     "tie_word_embeddings",
 )
-EXTRA = {"mistral-7b": {"sliding_window": None}, "gpt-oss-20b": {"num_local_experts": 32}}
+EXTRA = {
+    "mistral-7b": {"sliding_window": None},
+    "gpt-oss-20b": {"num_local_experts": 32},
+    "qwen3-30b-a3b": {
+        "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True,
+        "moe_intermediate_size": 768,
+    },
+}  # fmt: skip
+
+# transformers' name of all experts' weights -> the linear layers of one
+EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
 def place(root: str | Path, name: str, nf4: bool = False) -> Path:
@@ -137,7 +149,7 @@ class _Checkpoint:
 
 
 def write_nf4(config, folder: Path, device: str) -> None:
-    """A dense decoder's 4-bit checkpoint: its linear layers in NF4; embeddings, head, norms and biases in bf16.
+    """A decoder's 4-bit checkpoint: its linear layers in NF4, an expert's too; all else in bf16.
 
     A file a layer, so that no more than one is in memory. Names and sizes are those of transformers' own model, built
     without memory.
@@ -161,6 +173,12 @@ def write_nf4(config, folder: Path, device: str) -> None:
             owner, _, kind = name.rpartition(".")
             if owner in linear and kind == "weight":
                 tensors |= checkpoint.quantized(owner, *shape)
+            elif len(shape) == 3 and kind in EXPERTS:
+                for expert in range(shape[0]):
+                    for part in EXPERTS[kind]:
+                        tensors |= checkpoint.quantized(
+                            f"{owner}.{expert}.{part}", shape[1] // len(EXPERTS[kind]), shape[2]
+                        )
             elif kind == "weight" and len(shape) == 1:
                 tensors[name] = torch.ones(shape, dtype=torch.bfloat16)
             else:

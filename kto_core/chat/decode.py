@@ -17,7 +17,8 @@ import torch.nn.functional as F
 
 from kto_core.engine.layers import attention, lean
 from kto_core.engine.layers.loss import Head
-from kto_core.engine.support import MIXTURES, available, recurrent_kinds
+from kto_core.engine.support import available, is_mixture, recurrent_kinds
+from kto_core.models.experts import held
 from kto_core.models.language.part import decoder_of
 
 logger = logging.getLogger(__name__)
@@ -28,15 +29,17 @@ FIXED_ROPE = ("default", "linear", "llama3", "yarn", "proportional")  # others l
 
 
 def serves(model) -> bool:
-    """Whether a loaded model's steps can run here: a dense decoder of attention layers on one device."""
+    """Whether a loaded model's steps can run here: a decoder of attention layers on one device, dense or with its
+    experts in 4 bits."""
     config = model.config
     text = config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     kinds = {r.get("rope_type", "default") for r in (rope, *rope.values()) if isinstance(r, dict)}
     one_device = len({p.device for p in model.parameters()}) == 1
-    dense = text.model_type not in MIXTURES  # a step whose kernels depend on the token cannot be captured
+    # a step whose kernels depend on the token cannot be captured
+    fixed = not is_mixture(text) or bool(held.held(model))
     attends = not recurrent_kinds(config)  # of others the graph would have to keep states, too
-    return dense and attends and one_device and kinds <= set(FIXED_ROPE) and available(config)[0]
+    return fixed and attends and one_device and kinds <= set(FIXED_ROPE) and available(config)[0]
 
 
 def ready(model, ids: list[int], adapter: bool) -> Decoder | None:

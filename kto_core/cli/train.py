@@ -31,7 +31,8 @@ def add(commands: argparse._SubParsersAction, argv: list[str]) -> None:
     preset.add_argument(
         "--preset",
         metavar="P",
-        help="settings to start from: demo, 3b, 7b, 13b, 20b, or a YAML file (default: 7b with a GPU, demo without)",
+        help="settings to start from: demo, 3b, 4b, 7b, 8b, 13b, 14b, 20b, 27b, 30b-a3b, or a YAML "
+        "file (default: 7b with a GPU, demo without)",
     )
     preset.add_argument("--model-size", metavar="P", help="alias of --preset")
     data = train.add_mutually_exclusive_group()

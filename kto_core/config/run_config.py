@@ -53,8 +53,9 @@ class RunConfig(BaseModel):
 
     # what
     preset: str = _field(
-        "", "Preset to start from: demo, 3b, 7b, 13b, 20b, or a YAML file.", "--model-size", group="Model and data"
-    )
+        "", "Preset to start from: demo, 3b, 4b, 7b, 8b, 13b, 14b, 20b, 27b, 30b-a3b, or a YAML file.", "--model-size",
+        group="Model and data",
+    )  # fmt: skip
     model: str = _field(
         "demo", "Hub id or folder of the model to train, or demo for the built-in model.", group="Model and data",
         min_length=1,

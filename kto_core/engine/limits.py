@@ -24,6 +24,8 @@ from kto_core.engine.packing.passes import (
 from kto_core.engine.packing.sample import packed_tokens
 from kto_core.hardware.gpus import GIB, allowed, memory_gib
 
+from .support import is_mixture
+
 SCORING = (2048, 16384)  # most tokens of a pass without gradients: enough to keep a CPU, or a GPU, busy
 MEASURED = (64, 192)  # tokens of the measured passes
 
@@ -125,14 +127,16 @@ def measure(engine, autocast, prompt: float = PROMPT) -> tuple[Token, float]:
     keys, states = stored
     store = keys / MEASURED[1] + states / prompt  # counted as if all tokens were prompt
     rest = (many_rest - few_rest) / tokens + 3 * width
-    experts = getattr(config, "num_experts_per_tok", 0) or 1
-    busy = working(config.hidden_size, experts * _widest(config), number)
+    experts = getattr(config, "num_experts_per_tok", 0) or getattr(config, "top_k_experts", 0) or 1
+    copies = experts if is_mixture(config) and config.model_type != "gpt_oss" else 0
+    busy = working(config.hidden_size, experts * _widest(config), number, copies)
     return Token(per_layer, width, rest, store, busy), max(0.0, few - per_layer * layers * MEASURED[0])
 
 
 def _widest(config) -> int:
     """Of the layers' FFNs, which may differ."""
-    width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    expert = getattr(config, "moe_intermediate_size", None) if is_mixture(config) else None
+    width = expert or getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     return max(width) if isinstance(width, list | tuple) else width
 
 

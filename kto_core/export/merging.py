@@ -75,8 +75,8 @@ def _load_plain(base: str):
     import torch
 
     from kto_core.models import facts as model_info
-    from kto_core.models import gpt_oss
     from kto_core.models import load as models
+    from kto_core.models.experts import gpt_oss, held
 
     quantized = model_info.model_facts(base).quantized
     how: dict = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": False}
@@ -95,6 +95,7 @@ def _load_plain(base: str):
         model = models.load_whole(Path(base), **how)
         if quantized == "bitsandbytes":
             model = model.dequantize()
+            held.fuse(model, model.dtype)
         if model.config.model_type == "gpt_oss":
             gpt_oss.fuse(model)
         if quantized:  # else save_pretrained would try to quantize again, the way it was loaded

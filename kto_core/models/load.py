@@ -6,24 +6,21 @@ Safetensors only; code that ships with a model is never run.
 from __future__ import annotations
 
 import contextlib
-import logging
 import threading
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kto_core.errors import ConfigError, KTOError, ModelError, first_line
-from kto_core.guards.libraries import one_model_at_a_time, transformers_ready
+from kto_core.guards.libraries import transformers_ready
 from kto_core.hardware.out_of_memory import at_loading, is_out_of_memory
 from kto_core.jobs import Progress, no_progress
 
 from . import adapter_gate, model_gate, trial
 from .facts import DEMO, local_folder, model_facts, public_name, resolve_model, tokenizer_folder
 from .hub_files import cached_folder
-from .language.part import auto_class
-from .language.targets import excluded
-from .model_fit import bare, require_fit, unused
+from .language.targets import excluded, given
 from .tokenizer import open_tokenizer
+from .whole import bare, load_whole, require_trainable
 
 if TYPE_CHECKING:
     from kto_core.config.run_config import RunConfig
@@ -87,6 +84,7 @@ def load_base(
 
     from kto_core.hardware.gpus import prepare
 
+    from .experts import gpt_oss
     from .language.towers import leave_out_towers
 
     transformers_ready()
@@ -118,7 +116,7 @@ def load_base(
     progress(None, f"Loading {config.model}…")
     transformers_logging.disable_progress_bar()
     try:
-        model = load_whole(folder, **kwargs)
+        model = load_whole(folder, progress=progress, cancel=cancel, **kwargs)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as e:
         if is_out_of_memory(e):
             raise at_loading(config.model) from e
@@ -133,6 +131,8 @@ def load_base(
         for module in model.modules():
             if getattr(module, "compute_dtype", None) == torch.bfloat16:
                 module.compute_dtype = dtype
+    if not in_main_memory:  # what is divided stays as it is
+        gpt_oss.into_banks(model)
     if for_training:
         keep_weights_trainable(model)
     leave_out_towers(model)
@@ -140,31 +140,6 @@ def load_base(
     model.config._name_or_path = model.name_or_path = public_name(config.model)
     model.train(for_training)
     return model
-
-
-def require_trainable(config: RunConfig, folder: Path) -> None:
-    """The formats of ``config``'s model that cannot be trained. ``folder``: with its config.json.
-
-    Raises:
-        ModelError: MXFP4, or experts that 4-bit loading would leave in 16 bits.
-    """
-    from kto_core.hardware.gpus import GIB
-
-    from . import gpt_oss
-
-    facts = model_facts(str(folder))
-    if facts.quantized == "mxfp4":
-        raise ModelError(
-            f"{config.model} is stored in MXFP4, which cannot be trained directly and needs four times the memory "
-            "when unpacked. Use the bitsandbytes version, for gpt-oss-20b unsloth/gpt-oss-20b-unsloth-bnb-4bit."
-        )
-    in_16_bits = facts.shape.experts and config.load_in_4bit and not facts.quantized
-    if in_16_bits and (fused := gpt_oss.fused_experts(folder)):
-        raise ModelError(
-            f"The experts of {config.model} ({fused / 1e9:.1f} billion parameters) cannot be quantized to 4-bit "
-            f"while loading, and need {2 * fused / GIB:.0f} GiB in 16-bit. Use a checkpoint with 4-bit experts (for "
-            "gpt-oss-20b unsloth/gpt-oss-20b-unsloth-bnb-4bit), or set load_in_4bit to false."
-        )
 
 
 def without_weights(config: RunConfig, folder: Path):
@@ -217,49 +192,6 @@ def keep_weights_trainable(model) -> None:
             weight.data, weight.quant_state = unpack(weight.data, weight.quant_state)
 
 
-def load_whole(folder: Path, **kwargs):
-    """The model in ``folder``, whose checkpoint has every weight of it. ``kwargs``: as for ``from_pretrained``."""
-    from transformers import AutoConfig
-
-    from . import gpt_oss
-
-    ours = model_facts(str(folder)).model_type == "gpt_oss"
-    if ours:
-        gpt_oss.register()
-    layout = partial(gpt_oss.layout, folder) if ours else contextlib.nullcontext
-    with one_model_at_a_time:
-        require_fit(folder, layout)
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    for attention in (gpt_oss.ATTENTION,) if ours else _attentions(config):
-        try:
-            with one_model_at_a_time, layout():
-                model, info = auto_class(config).from_pretrained(
-                    folder, attn_implementation=attention, output_loading_info=True, **kwargs
-                )
-            break
-        except ValueError as e:
-            if attention == "eager" or "scaled_dot_product_attention" not in str(e):
-                raise
-    missing = sorted(info["missing_keys"])
-    for name, module in model.named_modules():  # 4-bit weights say nothing without their scales
-        if type(module).__name__ == "Linear4bit" and getattr(module.weight, "quant_state", None) is None:
-            missing.append(f"{name}.weight.quant_state")
-    if missing:
-        raise ModelError(
-            f"{len(missing)} weights are missing from {folder.name} ({', '.join(missing[:3])}…) and would be random. "
-            "The download is incomplete, or the format is not supported. Download it again, or choose another model."
-        )
-    if sentence := unused(info["unexpected_keys"]):
-        logging.getLogger(__name__).warning("%s: %s", folder.name, sentence)
-    return model
-
-
-def _attentions(config) -> tuple[str, ...]:
-    """What to try, by transformers' names: SDPA, which leaves a soft cap of the attention's logits out without a word,
-    only where the model has none."""
-    return ("eager",) if getattr(config.get_text_config(), "attn_logit_softcapping", None) else ("sdpa", "eager")
-
-
 def remarks(name: str) -> list[str]:
     """What is said of a model before it is loaded: keys of its files that choose code, and are therefore not used."""
     where = resolve_model(name)
@@ -272,7 +204,8 @@ def lora_config(config: RunConfig, model):
     """PEFT's LoraConfig of a run, for layers of ``model``'s language model (`language.targets`).
 
     Raises:
-        ConfigError: ``lm_head`` is a target (log-probabilities are computed from its weight: it would never train).
+        ConfigError: ``lm_head`` is a target (log-probabilities are computed from its weight: it would never train), or
+            experts are.
     """
     from peft import LoraConfig, TaskType
 
@@ -284,7 +217,7 @@ def lora_config(config: RunConfig, model):
         r=config.r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=targets if isinstance(targets, str) else names,
+        target_modules=given(model, targets if isinstance(targets, str) else names),
         exclude_modules=excluded(model, targets),
         bias="none",
         task_type=TaskType.CAUSAL_LM,

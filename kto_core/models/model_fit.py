@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from kto_core.errors import ModelError
-from kto_core.guards.libraries import one_model_at_a_time
 
 from .language.part import auto_class, decoder_of
-from .model_gate import PLAIN, read_object, tensor_header, weight_names
+from .language.targets import taken_for_experts
+from .model_gate import PLAIN, tensors_of
 
 _ADAPTER = re.compile(r"(^|\.)lora_")
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -38,15 +38,6 @@ def build(folder: Path, layout):
         raise ModelError(f"No model can be built from the config.json of {folder.name}: {reason}") from e
 
 
-def bare(folder: Path):
-    """The model whose config.json is in ``folder``, in this project's layout, without weights. Raises like `build`."""
-    from . import gpt_oss
-
-    ours = read_object(folder / "config.json").get("model_type") == "gpt_oss"
-    with one_model_at_a_time:
-        return build(folder, partial(gpt_oss.layout, folder) if ours else contextlib.nullcontext)[1]
-
-
 @dataclass(frozen=True)
 class Reach:
     """What of a language model's linear weights LoRA adapts: ``share``, of 1; ``most``: the share with all-linear,
@@ -69,36 +60,40 @@ def reach(model) -> Reach:
 
     base = model.get_base_model()
     head, adapted, linear, experts = base.get_output_embeddings(), 0, 0, 0
-    decoder = decoder_of(base)
+    decoder, taken = decoder_of(base), taken_for_experts(base)
     inside = {id(m.base_layer) for m in decoder.modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")}
     for name, module in decoder.named_modules():
         if isinstance(module, torch.nn.Linear) and module is not head and not _ADAPTER.search(name):
             size = module.in_features * module.out_features  # 4-bit weights have another shape
             adapted += size if id(module) in inside else 0
-            if "experts" in name.split(".") and id(module) not in inside:
+            if id(module) not in inside and ("experts" in name.split(".") or name.rpartition(".")[2] in taken):
                 experts += size
             else:
                 linear += size
-        elif not isinstance(module, torch.nn.modules.conv._ConvNd):  # experts in one tensor
+        elif not isinstance(module, torch.nn.modules.conv._ConvNd):  # experts in one tensor, or out of sight in 4 bits
             experts += sum(p.numel() for p in module.parameters(recurse=False) if p.ndim == 3)
+            experts += sum(math.prod(size) for size in getattr(module, "sizes", {}).values())
     total = max(1, linear + experts)
     return Reach(adapted / total, linear / total)
 
 
-def require_fit(folder: Path, layout=contextlib.nullcontext) -> None:
+def require_fit(folder: Path, layout=contextlib.nullcontext):
     """Compare names and shapes with a model built from the configuration without memory.
 
     transformers renames and joins some tensors on loading: only names that stand on both sides are compared.
 
     Args:
-        layout: the context in which the model's classes are those of the checkpoint (`gpt_oss.layout`).
+        layout: the context in which the model's classes are those of the checkpoint (`experts.gpt_oss.layout`).
+
+    Returns:
+        The model that was built.
 
     Raises:
         ModelError: no model can be built, a shape differs, or the files hold layers that the configuration leaves out.
     """
     config, model = build(folder, layout)
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    found = {name: entry for file in weight_names(folder) for name, entry in tensor_header(folder / file).items()}
+    found = {name: (kind, size) for name, (_, kind, size) in tensors_of(folder).items()}
     ignored = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
     prefix = model.base_model_prefix + "."
     for name, (dtype, shape) in sorted(found.items()):
@@ -116,6 +111,7 @@ def require_fit(folder: Path, layout=contextlib.nullcontext) -> None:
                 f"The files of {folder.name} contain weights that its config.json leaves out ({name[:100]}): it "
                 "describes fewer layers than there are. Download the model again, or choose another."
             )
+    return model
 
 
 def _sizes(shape: tuple[int, ...]) -> list[int]:

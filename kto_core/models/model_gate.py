@@ -135,6 +135,11 @@ def weight_names(folder: Path) -> set[str]:
     return set(weight_map.values())
 
 
+def tensors_of(folder: Path) -> dict[str, tuple[str, str, tuple[int, ...]]]:
+    """Name -> (file, dtype, shape) of each tensor in a folder's safetensors files. Raises as `tensor_header`."""
+    return {n: (file, *found) for file in weight_names(folder) for n, found in tensor_header(folder / file).items()}
+
+
 def tensor_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Name -> (dtype, shape) of each tensor in a safetensors file; no weights are read.
 

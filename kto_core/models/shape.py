@@ -65,6 +65,7 @@ class Shape:
     head_dim: int
     experts: int = 0
     experts_per_token: int = 0
+    extra: int = 0  # linear weights that a mixture has beyond its experts and plain attention; may be negative
     quantized: bool = False  # the checkpoint is in 4 bits already
     query_gate: bool = False  # the query projection also makes a gate of its width
     recurrent: Recurrent | None = None
@@ -91,12 +92,17 @@ class Shape:
         parts = [a * b * (experts * self.layers if n in FFN else self.attending) for n, (a, b) in self.linears.items()]
         if self.recurrent:
             parts += [a * b * self.recurrent.layers for _, (a, b) in self.recurrent.linears]
-        return sum(parts)
+        return sum(parts) + self.extra
 
     @property
     def attending(self) -> int:
         """Layers that attend."""
         return self.layers - (self.recurrent.layers if self.recurrent else 0)
+
+    @property
+    def expert_parameters(self) -> int:
+        """Parameters of all experts, which LoRA and sharding leave alone."""
+        return self.layers * self.experts * sum(a * b for n, (a, b) in self.linears.items() if n in FFN)
 
     @property
     def other_parameters(self) -> int:
@@ -177,9 +183,9 @@ def from_config(config: dict, name: str, source: str = "config.json") -> Shape:
         return default
 
     layers, hidden, heads = (number(*keys) for keys in REQUIRED[:3])
-    experts = number("num_local_experts", "num_experts", "n_routed_experts", default=0)
+    experts = number("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", default=0)
     widths = (*(("moe_intermediate_size",) if experts else ()), "intermediate_size", "n_inner")
-    return Shape(
+    shape = Shape(
         architecture=kind,
         hidden=hidden,
         intermediate=_adjusted(text, kind, number(*widths, default=4 * hidden)),
@@ -191,12 +197,13 @@ def from_config(config: dict, name: str, source: str = "config.json") -> Shape:
         max_position_embeddings=number("max_position_embeddings", "n_positions", default=0) or None,
         head_dim=number("head_dim", default=hidden // heads),
         experts=experts,
-        experts_per_token=number("num_experts_per_tok", default=0),
+        experts_per_token=number("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", default=0),
         quantized="4bit" in str(config.get("quantization_config") or {}).replace("_", ""),
         source=source,
         query_gate=kind.startswith(("qwen3_5", "qwen3_next")),
         recurrent=_recurrent(text, kind, hidden, layers, number),
     )
+    return replace(shape, extra=_extra(shape, text)) if experts else shape
 
 
 def _adjusted(text: dict, kind: str, intermediate: int) -> int:
@@ -241,9 +248,34 @@ def _recurrent(text: dict, kind: str, hidden: int, layers: int, number: Callable
     return Recurrent(count, linears, 2 * keys + values, width, heads * key, values, heads)
 
 
-def _known(arch, hidden, intermediate, layers, heads, kv_heads, vocabulary, tied, positions, head_dim=None, experts=0):
+def _extra(s: Shape, text: dict) -> int:
+    """Linear weights of a mixture beyond `Shape`'s: shared experts, layers without experts, latent attention."""
+
+    def size(key: str) -> int:
+        return value if isinstance(value := text.get(key), int) and 0 < value < 2**31 else 0
+
+    kinds = text.get("mlp_layer_types")
+    first = size("first_k_dense_replace") or size("num_dense_layers") or size("moe_layer_start_index")
+    plain, one = min(kinds.count("dense") if isinstance(kinds, list) else first, s.layers), 3 * s.hidden
+    shared = size("n_shared_experts") or size("num_shared_experts") or size("moe_num_shared_experts")
+    shared *= s.intermediate
+    shared = shared or size("shared_expert_intermediate_size") or size("shared_intermediate_size")
+    if text.get("enable_moe_block"):  # Gemma 4: beside the layer's own FFN
+        shared = size("intermediate_size")
+    found = (s.layers - plain) * one * shared + plain * one * (size("intermediate_size") - s.experts * s.intermediate)
+    if rank := size("kv_lora_rank"):
+        rope, content, value = size("qk_rope_head_dim"), size("qk_nope_head_dim"), size("v_head_dim")
+        query = s.heads * (rope + content)
+        latent = size("q_lora_rank") * (s.hidden + query) if size("q_lora_rank") else s.hidden * query
+        latent += s.hidden * (rank + rope) + s.heads * (rank * (content + value) + value * s.hidden)
+        found += s.layers * (latent - sum(a * b for n, (a, b) in s.linears.items() if n in ATTENTION))
+    return found
+
+
+def _known(arch, hidden, intermediate, layers, heads, kv_heads, vocabulary, tied, positions, head_dim=None, experts=0,
+           busy=0):  # fmt: skip
     return Shape(arch, hidden, intermediate, layers, heads, kv_heads, vocabulary, tied, positions,
-                 head_dim or hidden // heads, experts, 4 if experts else 0, source="published sizes")  # fmt: skip
+                 head_dim or hidden // heads, experts, busy, source="published sizes")  # fmt: skip
 
 
 # From the published config.json files. The presets and their alternatives are all here, so that a plan can be made
@@ -258,6 +290,16 @@ KNOWN = {
     "qwen3-4b": _known("qwen3", 2560, 9728, 36, 32, 8, 151936, True, 40960, 128),
     "qwen3-8b": _known("qwen3", 4096, 12288, 36, 32, 8, 151936, False, 40960, 128),
     "qwen3-14b": _known("qwen3", 5120, 17408, 40, 40, 8, 151936, False, 40960, 128),
+    "qwen3-32b": _known("qwen3", 5120, 25600, 64, 64, 8, 151936, False, 40960, 128),
+    "smollm3-3b": _known("smollm3", 2048, 11008, 36, 16, 4, 128256, True, 65536),
+    "gemma-3-4b": _known("gemma3_text", 2560, 10240, 34, 8, 4, 262208, True, 131072, 256),
+    "gemma-3-12b": _known("gemma3_text", 3840, 15360, 48, 16, 8, 262208, True, 131072, 256),
+    "gemma-3-27b": _known("gemma3_text", 5376, 21504, 62, 32, 16, 262208, True, 131072, 128),
+    "gemma-4-31b": _known("gemma4_text", 5376, 21504, 60, 32, 16, 262144, True, 262144, 256),
+    "olmo-3-7b": _known("olmo3", 4096, 11008, 32, 32, 32, 100278, False, 65536),
+    "ministral-3-3b": _known("ministral3", 3072, 9216, 26, 32, 8, 131072, True, 262144, 128),
+    "ministral-3-8b": _known("ministral3", 4096, 14336, 34, 32, 8, 131072, False, 262144, 128),
+    "ministral-3-14b": _known("ministral3", 5120, 16384, 40, 32, 8, 131072, False, 262144, 128),
     "llama-3.2-1b": _known("llama", 2048, 8192, 16, 32, 8, 128256, True, 131072),
     "llama-3.2-3b": _known("llama", 3072, 8192, 28, 24, 8, 128256, True, 131072),
     "llama-3.1-8b": _known("llama", 4096, 14336, 32, 32, 8, 128256, False, 131072),
@@ -268,9 +310,16 @@ KNOWN = {
     "phi-3-mini-4k": _known("phi3", 3072, 8192, 32, 32, 32, 32064, False, 4096),
     "phi-4": _known("phi3", 5120, 17920, 40, 40, 10, 100352, False, 16384),
     "mistral-small-24b": _known("mistral", 5120, 32768, 40, 32, 8, 131072, False, 32768, 128),
-    "gpt-oss-20b": _known("gpt_oss", 2880, 2880, 24, 64, 8, 201088, False, 131072, 64, experts=32),
+    "gpt-oss-20b": _known("gpt_oss", 2880, 2880, 24, 64, 8, 201088, False, 131072, 64, 32, 4),
+    "qwen3-30b-a3b": _known("qwen3_moe", 2048, 768, 48, 32, 4, 151936, False, 40960, 128, 128, 8),
 }
-ALIASES = {"demo": "smollm2-135m", "meta-llama-3.1-8b": "llama-3.1-8b", "mistral-nemo": "mistral-nemo-12b"}
+ALIASES = {
+    "demo": "smollm2-135m",
+    "meta-llama-3.1-8b": "llama-3.1-8b",
+    "mistral-nemo": "mistral-nemo-12b",
+    "mistral-small-3.2-24b": "mistral-small-24b",
+    "qwen3-coder-30b-a3b": "qwen3-30b-a3b",
+}
 SUFFIX = re.compile(r"(-unsloth|-bnb-4bit|-instruct|-chat|-hf|-it|-bf16|-v0\.\d|-\d{4})+$")
 SIZE = re.compile(r"(?<![\d.])(\d+(?:\.\d+)?)b(?![a-z])")
 

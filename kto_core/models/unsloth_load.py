@@ -38,8 +38,8 @@ def targets(config: RunConfig) -> list[str]:
     """
     from .facts import local_folder, model_facts
     from .language.targets import suffixes
-    from .model_fit import bare
     from .shape import ATTENTION, FFN
+    from .whole import bare
 
     chosen = config.target_modules
     if not model_facts(config.model).shape.experts:

@@ -16,7 +16,17 @@ if TYPE_CHECKING:
     from kto_core.engine.packing.sample import Sample
 
 
-SMALLER = {"20b": "13b", "13b": "7b", "7b": "3b", "3b": "demo"}
+SMALLER = {
+    "30b-a3b": "20b",
+    "27b": "20b",
+    "20b": "14b",
+    "14b": "8b",
+    "13b": "7b",
+    "8b": "4b",
+    "7b": "3b",
+    "4b": "3b",
+    "3b": "demo",
+}
 
 
 def best_change(

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from kto_core.hardware.gpus import CONTEXT_GIB, GIB
 
+MIXTURE = "mixture"
+
 
 class Saved(NamedTuple):
     """Bytes kept of one token in one layer, per unit of a width: with 16-bit activations, with float32 activations."""
@@ -63,6 +65,8 @@ class Coefficients:
             "gemma3_text": Saved((26.1, 34.1), (4.0, 6.0), (8.0, 16.0)),
             "qwen3_5_text": Saved((10.0, 14.0), (4.0, 6.0), (4.0, 8.0), (62.0, 63.0), (14.1, 28.2)),
             "lfm2": Saved((18.0, 27.0), (4.0, 6.0), (8.0, 16.0)),
+            # Qwen3-MoE with 128 experts, of which a token takes 8; of all mixtures but gpt-oss
+            MIXTURE: Saved((8.0, 10.3), (4.0, 6.0), (6.0, 12.0), (823.0, 1140.0), (8.4, 12.4), (2.0, 3.9)),
         }
     )
     # layers that go along the sequence

@@ -13,9 +13,10 @@ from kto_core.engine.support import MIXTURES
 from kto_core.hardware import gpus as hardware
 from kto_core.hardware.gpus import GIB
 from kto_core.models import shape as model_shape
+from kto_core.models.experts import CHUNK_BYTES
 from kto_core.models.shape import Shape
 
-from .coefficients import Coefficients
+from .coefficients import MIXTURE, Coefficients
 
 if TYPE_CHECKING:
     from kto_core.config.run_config import RunConfig
@@ -144,7 +145,8 @@ def _packed_layer(c: RunConfig, s: Shape, k: Coefficients, gpu: bool) -> float:
 
 def _attending_layer(c: RunConfig, s: Shape, k: Coefficients, gpu: bool) -> float:
     wide, _ = _number(c, gpu)
-    saved = ({**k.packed, **k.packed_varlen} if gpu else k.packed).get(s.architecture, k.packed[""])
+    known = {**k.packed, **k.packed_varlen} if gpu else k.packed
+    saved = known[MIXTURE] if _held(s) else known.get(s.architecture, known[""])
     widths = saved.hidden[wide] * s.hidden + saved.kv[wide] * s.kv_width + saved.query[wide] * s.heads * s.head_dim
     widths += s.busy_experts * (saved.ffn[wide] * s.intermediate + saved.routed[wide] * s.hidden)
     return (widths + saved.other[wide]) * (k.packed_gpu if gpu else 1)
@@ -161,7 +163,7 @@ def _token(c: RunConfig, s: Shape, k: Coefficients, gpu: bool, prompt: float = p
         entry=s.hidden * number,
         rest=3 * s.hidden * number,
         store=s.attending * s.kv_width * number + ends / prompt,
-        busy=passes.working(s.hidden, s.intermediate * s.busy_experts, number),
+        busy=passes.working(s.hidden, s.intermediate * s.busy_experts, number, s.busy_experts if _held(s) else 0),
     )
 
 
@@ -210,7 +212,8 @@ def _parts(c: RunConfig, s: Shape, moving: dict[str, float], k: Coefficients, gp
     adapters = s.lora_parameters(c.target_modules, c.r)
     weights, gathered = s.linear_parameters * linear, 0.0
     if is_sharded(c, s):
-        moved = s.linear_parameters * (0.5 if four_bits else number)  # the scales of 4-bit weights stay whole
+        divided = s.linear_parameters - (s.expert_parameters if _held(s) and four_bits else 0)  # experts in banks stay
+        moved = divided * (0.5 if four_bits else number)  # whole, and the scales of 4-bit weights
         weights += moved / c.num_gpus - moved
         gathered = passes.GATHERED * moved / s.layers
     bytes_ = {
@@ -220,7 +223,7 @@ def _parts(c: RunConfig, s: Shape, moving: dict[str, float], k: Coefficients, gp
         "optimizer": adapters * (k.adam8 if "8bit" in c.optim else k.adam32),
         **moving,
         **({"recurrent layers": _recurrence(s, gpu)} if _engine(c, s) == "packed" and _recurrence(s, gpu) else {}),
-        "dequantized layer": 2 * _largest(s) * number if four_bits else 0,
+        "dequantized layer": _dequantized(s, number, gpu) if four_bits else 0,
         "CUDA context" if gpu else "program": k.context if gpu else k.process,
     }
     come_and_go = sum(moving.values()) + bytes_["dequantized layer"]
@@ -228,13 +231,21 @@ def _parts(c: RunConfig, s: Shape, moving: dict[str, float], k: Coefficients, gp
     return {name: b / GIB for name, b in bytes_.items()}
 
 
-def _largest(s: Shape) -> int:
-    """Parameters of the largest linear layer. Experts are layers of their own, one of which is computed at a time."""
+def _held(s: Shape) -> bool:
+    """Whether the experts are in banks from the start (`models.experts`): gpt-oss's are linear layers that may be
+    divided, and its coefficients are its own."""
+    return s.experts > 0 and s.architecture != "gpt_oss"
+
+
+def _dequantized(s: Shape, number: int, gpu: bool) -> float:
+    """Bytes of what is out of its 4 bits at once: two linear layers, or as many of a layer's experts as go together."""
     sizes = [a * b for a, b in s.linears.values()]
     sizes += [a * b for _, (a, b) in s.recurrent.linears] if s.recurrent else []
-    if s.architecture == "gpt_oss":  # an expert's gate and up are one layer
+    if s.experts:  # an expert's gate and up are one layer
         sizes.append(2 * s.hidden * s.intermediate)
-    return max(sizes)
+    largest = 2 * max(sizes) * number
+    together = s.experts * sizes[-1] * number if s.experts and gpu else 0
+    return max(largest, min(CHUNK_BYTES, together))
 
 
 def _engine(c: RunConfig, s: Shape) -> str:

@@ -11,15 +11,21 @@ from kto_core import paths
 from kto_core.config import resolving as C
 from kto_core.config.remarks import remarks
 from kto_core.errors import ConfigError
+from kto_core.hardware import gpus
 from kto_core.models import shape
-from kto_core.planning import checks
+from kto_core.planning import checks, memory
 
 CONTRACT = {  # preset: batch, accumulation, r, alpha, beta, max length
     "demo": (4, 2, 16, 32, 0.5, 512),
     "3b": (8, 4, 32, 64, 0.1, 2048),
+    "4b": (8, 4, 32, 64, 0.1, 2048),
     "7b": (4, 8, 64, 128, 0.1, 2048),
+    "8b": (4, 8, 64, 128, 0.1, 2048),
     "13b": (2, 16, 64, 128, 0.1, 2048),
+    "14b": (2, 16, 64, 128, 0.1, 2048),
     "20b": (4, 8, 128, 256, 0.05, 4096),
+    "27b": (2, 16, 16, 32, 0.1, 2048),
+    "30b-a3b": (2, 16, 32, 64, 0.1, 2048),
 }
 
 
@@ -51,6 +57,35 @@ def test_shipped_preset(name):
         assert all(s and s.exact and s.max_position_embeddings >= c.max_length for s in sizes)
 
 
+@pytest.mark.parametrize("name", [name for name in CONTRACT if name != "demo"])
+def test_a_preset_says_what_its_models_need_in_24_gib(name, monkeypatch):
+    """Rows as long as it takes, by the plan; the default model fits, and the packed engine has a place for its type."""
+    monkeypatch.setattr(gpus, "memory_gib", lambda: (64.0, 50.0))
+    c = C.resolve(name).config
+    text = (paths.PRESETS / f"{name}.yaml").read_text(encoding="utf-8")
+    length, low, high = re.search(r"rows of ([\d,]+) tokens .* foretells ([\d.]+) to ([\d.]+) GiB", text).groups()
+    assert int(length.replace(",", "")) == c.max_length
+    plans = [
+        memory.plan(c.model_copy(update={"model": m}), [c.max_length] * 320, device=gpus.imagined(24))
+        for m in [c.model, *c.alternatives]
+    ]
+    assert plans[0].verdict == "fits"
+    needs = [p.predicted_gib for p in plans]
+    assert (min(needs), max(needs)) == pytest.approx((float(low), float(high)), abs=0.2)
+
+
+@pytest.mark.parametrize("name", [name for name in CONTRACT if name != "demo"])
+def test_the_packed_engine_serves_a_presets_models(name):
+    from transformers import CONFIG_MAPPING
+
+    from kto_core.engine import available
+
+    c = C.resolve(name).config
+    for model in [c.model, *c.alternatives]:
+        ok, why = available(CONFIG_MAPPING[shape.find(model).architecture](), c.max_length)
+        assert ok, why
+
+
 @pytest.mark.parametrize("name", CONTRACT)
 def test_every_key_of_a_preset_has_a_comment(name):
     lines = (paths.PRESETS / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
@@ -65,13 +100,11 @@ def test_a_preset_holds_only_what_it_decides():
         same = {k for k, v in values.items() if k != "description" and getattr(defaults, k) == v}
         stated = {"per_device_train_batch_size", "gradient_accumulation_steps", "r", "lora_alpha", "beta", "max_length"}
         assert same <= stated | {"model"}, f"{name}: {same} only repeat the default"
-    assert list(C.presets()) == ["demo", "3b", "7b", "13b", "20b"]
+    assert list(C.presets()) == ["demo", "3b", "4b", "7b", "8b", "13b", "14b", "20b", "27b", "30b-a3b"]
     assert all(v["description"] for v in C.presets().values())
 
 
 def test_default_preset_follows_the_gpu(monkeypatch):
-    from kto_core.hardware import gpus
-
     monkeypatch.setattr(gpus, "devices", list)
     assert C.resolve().config.preset == "demo"
     monkeypatch.setattr(gpus, "devices", lambda: ["a GPU"])
@@ -231,7 +264,7 @@ def test_a_broken_file_is_one_clear_error(tmp_path):
     assert len(e.value.problems) == 2 and all("config.yaml" in p for p in e.value.problems)
     with pytest.raises(ConfigError) as e:
         C.resolve("7", {})
-    assert "demo, 3b, 7b, 13b, 20b" in str(e.value)
+    assert "demo, 3b, 4b, 7b, 8b, 13b, 14b, 20b, 27b, 30b-a3b" in str(e.value)
 
 
 def test_a_faulty_preset_file_can_be_mended_by_an_override(tmp_path):

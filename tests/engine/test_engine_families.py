@@ -15,7 +15,7 @@ from kto_core.engine.layers.dropout import switch_off
 from kto_core.engine.step import Engine
 from kto_core.errors import NotServed
 from kto_core.models.language.part import auto_class, is_wrapper
-from kto_core.models.language.targets import excluded
+from kto_core.models.language.targets import excluded, given
 from kto_core.models.language.towers import leave_out_towers
 from tests.support import oracle, recurrence
 
@@ -27,12 +27,20 @@ LARGEST = 30e6  # parameters: a type whose sizes have other names is not built
 TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "depth": 1,
          "num_heads": 2, "image_size": 28, "patch_size": 14, "embed_dim": 32, "out_hidden_size": 64, "head_dim": 16,
          "deepstack_visual_indexes": [0], "mm_embed_dim": 32}  # fmt: skip
+MIXTURE = {"num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+           "moe_intermediate_size": 48, "shared_expert_intermediate_size": 48, "n_group": 1, "topk_group": 1,
+           "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16,
+           "v_head_dim": 16}  # fmt: skip
 
 
 def small(config):
     """The same type with few and narrow layers, one of each kind."""
     text = config.get_text_config()
-    changed = {k: v for k, v in oracle.SIZES.items() if has(text, k)}
+    changed = {k: v for k, v in (oracle.SIZES | MIXTURE).items() if has(text, k)}
+    if changed.keys() & {"num_experts", "n_routed_experts"}:
+        changed["num_experts_per_tok"] = 2  # DeepSeek V2 has no default
+    if has(text, "kv_lora_rank"):  # latent attention has as many key heads as query heads
+        changed["num_key_value_heads"] = changed["num_attention_heads"]
     kinds = list(dict.fromkeys(getattr(text, "layer_types", None) or []))
     if kinds:
         layers = max(3, len(kinds))
@@ -65,9 +73,11 @@ def built(config):
     if size > LARGEST:
         raise ValueError(f"{size / 1e6:.0f} million parameters")
     torch.manual_seed(0)
-    model = auto_class(config).from_config(config, attn_implementation="eager").double()
+    # experts one by one: torch's grouped products know no float64
+    model = auto_class(config).from_config(config, attn_implementation="eager", experts_implementation="eager").double()
     leave_out_towers(model)
-    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", exclude_modules=excluded(model, "all-linear"))
+    targets, beyond = given(model, "all-linear"), excluded(model, "all-linear")
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules=targets, exclude_modules=beyond)
     model = get_peft_model(model, lora).double()
     oracle.fill_adapter(model)
     switch_off(model)

@@ -6,7 +6,7 @@ import torch
 
 from kto_core.engine.layers import attention, sinks
 from kto_core.engine.packing import tree
-from kto_core.models.gpt_oss import sink_attention
+from kto_core.models.experts.gpt_oss import sink_attention
 
 CPU = torch.device("cpu")
 

@@ -13,6 +13,7 @@ from kto_core.hardware import gpus
 from kto_core.hardware.gpus import Device
 from kto_core.planning import choices, memory
 from tests.engine.test_engine_processes import ROOT, TWO
+from tests.support.mixtures import make_mixture
 from tests.support.training import FAST, PLACE, events, make_data, make_other, metrics, resolved, state
 
 CARD = Device(0, "x", 24.0, 24.0, 0.0, (8, 6))
@@ -123,10 +124,18 @@ HYBRID = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("four_bits, hybrid", [(True, False), (False, False), (False, True)])
-def test_divided_weights_give_the_same_numbers(tmp_path, tiny_model, four_bits, hybrid):
+@pytest.mark.parametrize(
+    ("kind", "four_bits"), [("llama", True), ("llama", False), ("qwen3_moe", True), ("qwen3_5_text", False)]
+)
+def test_divided_weights_give_the_same_numbers(tmp_path, tiny_model, kind, four_bits):
+    """Of a mixture the attention is divided; its experts in 4 bits stay whole."""
     script = tmp_path / "divided.py"
-    model = make_other(tmp_path / "hybrid", tiny_model, "qwen3_5_text", **HYBRID) if hybrid else tiny_model
+    if kind == "qwen3_moe":
+        model = make_mixture(tmp_path / "model", tiny_model, kind)
+    elif kind == "qwen3_5_text":
+        model = make_other(tmp_path / "model", tiny_model, kind, **HYBRID)
+    else:
+        model = tiny_model
     names = {"root": str(ROOT), "model": str(model), "four_bits": four_bits}
     script.write_text(SCRIPT.format(**names))
     env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from kto_core.engine.packing.tree import Branches, Segments, Tree
-from kto_core.models.gpt_oss import sink_attention
+from kto_core.models.experts.gpt_oss import sink_attention
 
 from . import sinks as sink_kernel
 

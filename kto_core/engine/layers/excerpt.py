@@ -11,6 +11,7 @@ import copy
 import torch
 
 from kto_core.hardware.out_of_memory import is_out_of_memory
+from kto_core.models.experts.bank import Bank
 
 from . import lean, recurrent, sharding
 
@@ -55,6 +56,8 @@ def copied(engine, ids: torch.Tensor, device: torch.device):
     for module in modules:
         if type(module).__name__ == "Linear4bit":
             memo[id(module)] = _dense(module, device)
+        elif isinstance(module, Bank) and module.packed.device == device:
+            memo[id(module)] = module  # frozen, and multiplies in the format of what comes
     tables = [m for m in engine.decoder.modules() if isinstance(m, torch.nn.Embedding) and m.num_embeddings > rows[-1]]
     ends = [*tables, causal.get_output_embeddings()]
     for tensor in (t for end in ends for t in (end.weight, getattr(end, "bias", None)) if t is not None):

@@ -85,7 +85,7 @@ def serve(device: torch.device, dtype: torch.dtype, width: int, heads: int, kv_h
 
 
 def _agrees(device, dtype, width: int, heads: int, kv_heads: int, window: tuple[int, int]) -> bool:
-    from kto_core.models.gpt_oss import sink_attention
+    from kto_core.models.experts.gpt_oss import sink_attention
 
     generator = torch.Generator().manual_seed(0)
 

@@ -23,10 +23,11 @@ GATHERED = 3  # divided layers' weights at once: the one that runs, the buffer i
 OFFLOADED = "To fit the longest rows, the inputs of recomputed layers are offloaded to CPU memory."
 
 
-def working(hidden: int, intermediate: int, number: int) -> int:
+def working(hidden: int, intermediate: int, number: int, copies: int = 0) -> int:
     """Bytes a token that come and go in one layer's backward, beside what the layer keeps: the FFN's activations made
-    again, their gradients, and the one of its answer. When attention's turn comes, what the FFN kept is gone."""
-    return number * (3 * intermediate + hidden)
+    again, their gradients, and the one of its answer. When attention's turn comes, what the FFN kept is gone.
+    ``copies``: of a token for its experts, whose answers and gradients come and go too."""
+    return number * (3 * intermediate + hidden + 2 * copies * hidden)
 
 
 class Token(NamedTuple):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from kto_core.errors import ConfigError
+
 from .part import decoder_name, is_wrapper
 
 ROUTER = re.compile(r"(^|.*\.)(gate|router|shared_expert_gate)(\..*)?")  # of a mixture of experts
@@ -11,25 +13,53 @@ ROUTER = re.compile(r"(^|.*\.)(gate|router|shared_expert_gate)(\..*)?")  # of a 
 
 def linear_layers(causal) -> list[str]:
     """Names of the linear layers that ``all-linear`` adapts: PEFT's, of the language model only, without experts,
-    their routers, and what fused kernels read past an adapter (the output projection of Mamba layers).
+    their routers, layers whose names PEFT takes for experts', and what fused kernels read past an adapter (the output
+    projection of Mamba layers).
     """
     import torch
 
     head, within = causal.get_output_embeddings(), decoder_name(causal)
     start, modules = f"{within}." if within else "", dict(causal.named_modules())
     mixture = any("experts" in name.split(".") for name in modules)
-    found = []
+    found, taken = [], taken_for_experts(causal)
     for name, module in modules.items():
         if not isinstance(module, torch.nn.Linear) or module is head or not name.startswith(start):
             continue
         inside = name.removeprefix(start)
         parent, _, last = name.rpartition(".")
-        if "experts" in inside.split(".") or (mixture and ROUTER.fullmatch(inside)):
+        if "experts" in inside.split(".") or last in taken or (mixture and ROUTER.fullmatch(inside)):
             continue
         if last == "out_proj" and "Mamba" in type(modules[parent]).__name__:
             continue
         found.append(name)
     return found
+
+
+def taken_for_experts(causal) -> set[str]:
+    """Names that PEFT reads as those of fused experts and their router in a mixture of this type, of shared experts
+    and layers without experts too: it would train the experts instead."""
+    from peft.utils import transformers_weight_conversion as table
+
+    kind = getattr(table, "_MODEL_TO_CONVERSION_PATTERN", {}).get(causal.config.model_type)
+    return set(getattr(table, "_MOE_TARGET_MODULE_MAPPING", {}).get(kind, ()))
+
+
+def given(causal, targets: list[str] | str) -> list[str] | str:
+    """What PEFT is given as ``target_modules`` for these.
+
+    Raises:
+        ConfigError: experts are among them.
+    """
+    taken = taken_for_experts(causal)
+    if isinstance(targets, str):
+        return suffixes(causal) if taken else targets
+    experts = [t for t in targets if t.rpartition(".")[2] in taken or "experts" in t.split(".")]
+    if experts:
+        raise ConfigError(
+            f"target_modules: experts cannot be trained ({', '.join(experts)}). Set it to all-linear, or name "
+            "layers of the attention."
+        )
+    return targets
 
 
 def excluded(causal, targets: list[str] | str) -> str | None:

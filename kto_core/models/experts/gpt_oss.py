@@ -9,16 +9,14 @@ scores take 64 heads × length² numbers a layer.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Collection, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kto_core.guards.libraries import one_model_at_a_time
-
-from .model_gate import tensor_header, weight_names
+from . import held
+from .bank import Bank
 
 ATTENTION = "kto_sinks"
 EXPERT = ".experts.gate_up_projs.0.weight"
@@ -34,9 +32,8 @@ def register() -> None:
 
 
 @contextlib.contextmanager
-def layout(folder: Path) -> Iterator[None]:
-    """Inside, gpt-oss models are built with the experts and routers that the checkpoint in ``folder`` has."""
-    names = tensor_names(folder)
+def layout(names: Collection[str]) -> Iterator[None]:
+    """Inside, gpt-oss models are built with the experts and routers of a checkpoint with these tensors."""
     if not any(n.endswith(EXPERT) for n in names):
         yield
         return
@@ -52,20 +49,6 @@ def layout(folder: Path) -> Iterator[None]:
         code.GptOssExperts, code.GptOssTopKRouter = before
 
 
-def tensor_names(folder: Path) -> set[str]:
-    """Names of the tensors in a folder's safetensors files, from their headers; empty without any."""
-    return {tensor for name in weight_names(folder) for tensor in tensor_header(folder / name)}
-
-
-def fused_experts(folder: Path) -> int:
-    """Parameters that a layer's experts share in one tensor: bitsandbytes quantizes linear layers and leaves these."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with one_model_at_a_time, layout(folder), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
-    return sum(p.numel() for name, p in model.named_parameters() if ".experts." in name and p.dim() == 3)
-
-
 class Experts(nn.Module):
     """transformers' GptOssExperts with two linear layers an expert. Gate and up alternate in ``gate_up_projs``."""
 
@@ -75,25 +58,53 @@ class Experts(nn.Module):
         self.alpha, self.limit = 1.702, getattr(config, "swiglu_limit", None) or 7.0
         self.gate_up_projs = nn.ModuleList(nn.Linear(hidden, 2 * wide) for _ in range(config.num_local_experts))
         self.down_projs = nn.ModuleList(nn.Linear(wide, hidden) for _ in range(config.num_local_experts))
+        self.banks = None  # `into_banks`
         for name in ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"):
             self.register_buffer(name, torch.empty(0), persistent=False)  # what transformers initializes
 
     def forward(self, hidden_states, router_indices=None, routing_weights=None):
         """``[n, hidden]``, the experts of each token ``[n, k]`` and their weights ``[n, k]`` -> ``[n, hidden]``."""
+        if self.banks is not None:
+            biases = {name: getattr(self, f"{name}_bias") for name in held.WEIGHTS}
+            return held.through(self.banks, self._gated, hidden_states, router_indices, routing_weights, biases)
         chosen = router_indices.flatten()
         order = chosen.argsort(stable=True)  # each expert's tokens side by side
         token = order // router_indices.shape[1]
         counts = chosen.bincount(minlength=len(self.down_projs)).tolist()
         gate_up = _each(self.gate_up_projs, hidden_states[token], counts)
-        gate = gate_up[..., ::2].clamp(max=self.limit)
-        up = gate_up[..., 1::2].clamp(-self.limit, self.limit)
-        answers = _each(self.down_projs, (up + 1) * gate * torch.sigmoid(gate * self.alpha), counts)
+        answers = _each(self.down_projs, self._gated(gate_up), counts)
         weighted = answers * routing_weights.flatten()[order, None]
         # each token's answers side by side again: adding them where they belong would round by chance on a GPU, and
         # policy and reference would differ before anything is learned
         back = torch.empty_like(order)
         back[order] = torch.arange(len(order), device=order.device)
         return weighted.to(hidden_states.dtype)[back].view(*router_indices.shape, -1).sum(1)
+
+    def _gated(self, gate_up):
+        gate = gate_up[..., ::2].clamp(max=self.limit)
+        up = gate_up[..., 1::2].clamp(-self.limit, self.limit)
+        return (up + 1) * gate * torch.sigmoid(gate * self.alpha)
+
+
+def into_banks(model) -> None:
+    """Move the experts' 4-bit weights from a linear layer each into a bank a projection, where they all are alike."""
+    for module in [m for m in model.modules() if isinstance(m, Experts)]:
+        projections = dict(zip(held.WEIGHTS, (module.gate_up_projs, module.down_projs), strict=True))
+        states = [getattr(layer.weight, "quant_state", None) for layers in projections.values() for layer in layers]
+        if any(s is None for s in states) or len({(s.blocksize, s.quant_type, s.nested) for s in states}) > 1:
+            continue
+        how, banks = states[0], nn.ModuleDict()
+        for name, layers in projections.items():
+            first = layers[0]
+            bank = Bank(len(layers), first.out_features, first.in_features, 1, dtype=how.dtype,
+                        device=first.weight.device, blocksize=how.blocksize, quant_type=how.quant_type,
+                        nested=how.nested)  # fmt: skip
+            for i, layer in enumerate(layers):
+                bank.put_quantized(i, 0, layer.weight.data, layer.weight.quant_state)
+            setattr(module, f"{name}_bias", torch.stack([layer.bias.data for layer in layers]))
+            banks[name] = bank
+        module.banks, module.sizes = banks, {n: (b.experts, b.outputs, b.inputs) for n, b in banks.items()}
+        module.gate_up_projs = module.down_projs = None
 
 
 def _each(layers, rows, counts: list[int]) -> torch.Tensor:
@@ -103,7 +114,7 @@ def _each(layers, rows, counts: list[int]) -> torch.Tensor:
 
 
 def fuse(model) -> None:
-    """Give plain (not quantized) models of our layout transformers' own, which is what others read."""
+    """Give models of our layout, linear layers out of their 4 bits, transformers' own, which is what others read."""
     from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts, GptOssTopKRouter
 
     for layer in model.get_decoder().layers:
@@ -115,6 +126,10 @@ def fuse(model) -> None:
                 theirs = kind(model.config)
             if name == "router":
                 values = {"weight": ours.weight.data, "bias": ours.bias.data}
+            elif ours.banks is not None:
+                dtype = model.dtype
+                values = {n: b.dense(slice(0, b.experts), dtype).transpose(1, 2) for n, b in ours.banks.items()}
+                values |= {f"{n}_bias": getattr(ours, f"{n}_bias").to(dtype) for n in held.WEIGHTS}
             else:
                 up, down = ours.gate_up_projs, ours.down_projs
                 values = {"gate_up_proj": torch.stack([m.weight.data.t() for m in up])}
