@@ -20,7 +20,7 @@ class Facts:
     """What a table says of a run. Texts are of one line; None and "": not known, or not there.
 
     Attributes:
-        state: of `RunState`, or "queued" of one that waits for its turn; "" of one that was not read yet.
+        state: of `RunState`; "" of one that was not read yet.
         changed: (setting, value) of those that no preset decided. rate: peak learning rate.
         loss: of the newest training step. eval_loss, margin: of rows that were not trained on; interval: the margin's
         95 % interval. verdict: of `judging.WORDS`. seconds: of work. memory: GiB. started: unix time.
@@ -68,6 +68,7 @@ class Table:
         self._judged = Judged(known.root)
         self._made: dict[str, tuple[tuple, Facts]] = {}
         self._lock = threading.Lock()
+        self.pending = False  # verdicts are still to be read
 
     def facts(self, *, patient: bool = False) -> list[Facts]:
         """Newest first.
@@ -77,11 +78,13 @@ class Table:
         """
         end = None if patient else time.monotonic() + BUDGET
         with self._lock:
-            made = {}
+            made: dict[str, tuple[tuple, Facts]] = {}
+            self.pending = False
             for run in self.known.runs():
                 brief, label = self.known.brief(run), self.known.label(run)
                 stamp = (self.known.folder_time(run), brief.step) if brief else None  # more training: another adapter
                 verdict = self._judged.of(run, stamp, end)
+                self.pending |= self._judged.pending(run)
                 of, before = (brief, label, verdict), self._made.get(run.id)
                 same = before is not None and all(a is b for a, b in zip(before[0], of, strict=True))
                 made[run.id] = before if same and before else (of, facts_of(run.id, brief, label, verdict))

@@ -57,6 +57,7 @@ class Judged:
         self._known: dict[Path, tuple[object, list, Short | None]] = {}  # the cheap stamp, the true one, the verdict
         self._note = _read_note(root)
         self._unnoted = 0
+        self._unread: set[Path] = set()
         self._lock = threading.Lock()
 
     def of(self, run, stamp: object = None, end: float | None = None) -> Short | None:
@@ -75,12 +76,18 @@ class Judged:
             if noted is not None and noted[0] == key:
                 known = (stamp, key, noted[1])
             elif key[0] and end is not None and time.monotonic() > end:
+                self._unread.add(run.path)
                 return known[2] if known else None
             else:
                 known = (stamp, key, short(run) if key[0] else None)
                 self._unnoted += bool(key[0])
+        self._unread.discard(run.path)
         self._known[run.path] = (stamp, *known[1:])
         return known[2]
+
+    def pending(self, run) -> bool:
+        """Whether its verdict was not read for want of time."""
+        return run.path in self._unread
 
     def keep(self) -> None:
         """Write the note, if that is worth it."""

@@ -189,8 +189,7 @@ def _problem(run, state) -> str:
 
 
 def _name(run) -> str:
-    known = live.runs().brief(run)
-    return known.name if known else ""
+    return live.runs().name(run)
 
 
 def _numbers(run) -> list:

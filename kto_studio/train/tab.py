@@ -213,6 +213,12 @@ def _form_events(ctx: Context, ui) -> None:
         values = {k: v for k, v in values.items() if k not in both or v != getattr(base, k)}
         return everything(form | {"values": values}, data_id)
 
+    def begin_from(wanted: dict | None, data_id: str):
+        """The settings of a run, chosen in Runs."""
+        if not wanted:
+            return (gr.skip(),) * (len(widgets) + len(outputs))
+        return everything(train_form.restore(wanted["form"]), wanted["data"] or data_id)
+
     def tick(form: dict, data_id: str, seen):
         """The plan follows what is learned of the data meanwhile."""
         if plan.signature(form, data_id) == seen:
@@ -252,6 +258,9 @@ def _form_events(ctx: Context, ui) -> None:
         ),
         ctx.advice.change(ctx.guarded(advised), [ctx.advice, ui.form, ctx.chosen_data], [*widgets, *outputs], **QUICK),
     ]
+    if ctx.start_from is not None:
+        taken = [ctx.start_from, ctx.chosen_data]
+        changes.append(ctx.start_from.change(ctx.guarded(begin_from), taken, [*widgets, *outputs], **QUICK))
     for change in changes:
         change.then(ctx.guarded(settled), [ui.form, ctx.chosen_data, *typed], outputs, **QUICK)
     ui.change.click(lambda: gr.Tabs(selected="data"), None, [ctx.tabs], **QUICK)
