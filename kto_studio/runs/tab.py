@@ -19,8 +19,9 @@ from kto_core.runs.events import TERMINAL
 from kto_studio.shared import curves, data_sources, live
 from kto_studio.shared.context import DIRECT, QUICK, Context, Event, quiet
 from kto_studio.shared.marks import mark
+from kto_studio.train import from_config
 
-from . import beside, start_from
+from . import beside
 from .view import View, drawn
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -286,10 +287,10 @@ def _wire_cards(ctx: Context, ui, parts: list[Part]) -> None:
 
 def _start(ctx: Context, run) -> dict:
     config = run.config().config
-    found = start_from.data_id(config)
-    for text in start_from.remarks(config, found):
+    found = from_config.data_id(config)
+    for text in from_config.remarks(config, found):
         gr.Warning(html.escape(text))
-    wanted = {"form": start_from.form(config), "data": found, "n": time.time()}
+    wanted = {"form": from_config.form(config), "data": found, "n": time.time()}
     to_data = {ctx.chosen_data: found} if found and data_sources.name(found) else {}
     return {ctx.start_from: wanted, ctx.tabs: gr.Tabs(selected="train"), **to_data}
 

@@ -17,7 +17,7 @@ from kto_studio.shared import data_sources, live, model_choices
 from kto_studio.shared.context import QUICK, Context, Event
 from kto_studio.shared.prose import in_app, prose
 
-from . import cache_view, plan, run_side
+from . import cache_view, plan, run_side, share
 from . import form as train_form
 
 START = "Start training"
@@ -109,6 +109,7 @@ def _settings(ui) -> None:
         for group in dict.fromkeys(c.group for c in rest):
             gr.HTML(f"<h3>{group}</h3>", elem_classes="panel-head group-head")
             _pairs(made, [c for c in rest if c.group == group])
+    ui.share = share.build()
     with gr.Accordion("All values and where they come from", open=False, elem_id="train-origins"):
         ui.origins = gr.HTML("", show_label=False)
     ui.values = [made[c.name] for c in controls]
@@ -213,12 +214,6 @@ def _form_events(ctx: Context, ui) -> None:
         values = {k: v for k, v in values.items() if k not in both or v != getattr(base, k)}
         return everything(form | {"values": values}, data_id)
 
-    def begin_from(wanted: dict | None, data_id: str):
-        """The settings of a run, chosen in Runs."""
-        if not wanted:
-            return (gr.skip(),) * (len(widgets) + len(outputs))
-        return everything(train_form.restore(wanted["form"]), wanted["data"] or data_id)
-
     def tick(form: dict, data_id: str, seen):
         """The plan follows what is learned of the data meanwhile."""
         if plan.signature(form, data_id) == seen:
@@ -258,10 +253,7 @@ def _form_events(ctx: Context, ui) -> None:
         ),
         ctx.advice.change(ctx.guarded(advised), [ctx.advice, ui.form, ctx.chosen_data], [*widgets, *outputs], **QUICK),
     ]
-    if ctx.start_from is not None:
-        taken = [ctx.start_from, ctx.chosen_data]
-        changes.append(ctx.start_from.change(ctx.guarded(begin_from), taken, [*widgets, *outputs], **QUICK))
-    for change in changes:
+    for change in [*changes, *share.wire(ctx, ui.share, typed, [*widgets, *outputs], everything)]:
         change.then(ctx.guarded(settled), [ui.form, ctx.chosen_data, *typed], outputs, **QUICK)
     ui.change.click(lambda: gr.Tabs(selected="data"), None, [ctx.tabs], **QUICK)
 

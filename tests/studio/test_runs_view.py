@@ -10,10 +10,11 @@ from kto_core.compare.facts import Facts
 from kto_core.config import resolving
 from kto_core.runs import run_list
 from kto_core.runs.events import RunState, fold
-from kto_studio.runs import beside, start_from, tab
+from kto_studio.runs import beside, tab
 from kto_studio.runs.view import MOST, PAGE, View, drawn
 from kto_studio.shared import live, readings
 from kto_studio.train import form as train_form
+from kto_studio.train import from_config
 from tests.support import bad_runs
 
 EVIL = '<img src=x onerror="window.pwned=1">\'&'
@@ -154,28 +155,28 @@ def test_a_runs_settings_fill_the_form(runs_dir, tmp_path, monkeypatch):
     overrides = {"data": source, "beta": 0.2, "learning_rate": 3e-5, "model": "owner/name", "verdict": False,
                  "run_name": "old", "target_modules": ["q_proj"], "good_from": 4.0}  # fmt: skip
     config = resolving.resolve("3b", overrides).config
-    form = start_from.form(config)
+    form = from_config.form(config)
     assert form["preset"] == "3b" and form["model"] == "owner/name" and "run_name" not in form["values"]
-    found = start_from.data_id(config)
-    assert found == "file:rows.jsonl" and start_from.remarks(config, found) == []
+    found = from_config.data_id(config)
+    assert found == "file:rows.jsonl" and from_config.remarks(config, found) == []
     assert readings.of(found) == {"good_from": 4.0}, "as the run read it, where nothing else was said"
     again = train_form.resolve(train_form.restore(form), found).config
     assert again.model_dump(exclude={"run_name"}) == config.model_dump(exclude={"run_name"})
     readings.keep(found, good_from=5.0)
     assert (
-        "other columns or thresholds" in start_from.remarks(config, found)[0] and readings.of(found)["good_from"] == 5
+        "other columns or thresholds" in from_config.remarks(config, found)[0] and readings.of(found)["good_from"] == 5
     )
 
 
 def test_what_does_not_come_along_is_said(runs_dir):
     config = resolving.resolve("demo", {"data": "/elsewhere/x.jsonl", "adapter": "/gone/adapter"}).config
-    found = start_from.data_id(config)
-    first, second = start_from.remarks(config, found)
+    found = from_config.data_id(config)
+    first, second = from_config.remarks(config, found)
     assert found == "" and "x.jsonl" in first and "/elsewhere" not in first and "adapter" in second
-    assert start_from.form(config)["adapter"] == ""
+    assert from_config.form(config)["adapter"] == ""
     a_run(runs_dir / "base")
     config = resolving.resolve(
         "demo", {"data": "owner/set", "data_split": "test", "adapter": str(runs_dir / "base/adapter")}
     )
-    assert start_from.data_id(config.config) == "hub:owner/set@test"
-    assert start_from.form(config.config)["adapter"] == "base"
+    assert from_config.data_id(config.config) == "hub:owner/set@test"
+    assert from_config.form(config.config)["adapter"] == "base"

@@ -8,7 +8,7 @@ from kto_core import labels, paths
 from kto_core.config import resolving
 from kto_core.runs import folders
 from tests.support import bad_runs, browser, verdicts
-from tests.support.train_page import value_of
+from tests.support.train_page import fill, value_of
 
 DATA = paths.EXAMPLES / "short_answers.jsonl"
 FIRST, SECOND, BROKEN = "20260101-100000-demo-aaaa", "20260102-100000-demo-bbbb", "20260103-100000-demo-cccc"
@@ -66,7 +66,7 @@ def tick(page, *runs: str) -> None:
         page.locator(f"#runs-table input[data-run='{run}']").check()
 
 
-def test_two_runs_beside_each_other_and_a_new_one_from_the_settings_of_the_first(page):
+def test_two_runs_beside_each_other_and_a_new_one_from_the_settings_of_the_first(page, home):
     table = page.locator("#runs-table")
     table.get_by_text("cannot be read: config.yaml").wait_for()
     tick(page, FIRST, SECOND)
@@ -89,6 +89,24 @@ def test_two_runs_beside_each_other_and_a_new_one_from_the_settings_of_the_first
     page.locator("#train-changed").get_by_text("beta").wait_for()
     page.locator("#train-data").get_by_text(DATA.name).wait_for()
     assert page.locator("#tab-train-button[aria-selected=true]").count() == 1
+
+    fill(page, beta=0.33)
+    page.locator("#train-changed").get_by_text("0.33").wait_for()
+    page.locator("#train-share").get_by_text("Save, load, copy as a command").click()
+    page.locator("#train-copy-command").click()
+    command = page.locator("#train-command textarea")
+    browser.until(lambda: page.wait_for_timeout(50) or "--beta 0.33" in command.input_value())
+    with page.expect_download() as saved:
+        page.locator("#train-save-yaml").click()
+    saved.value.save_as(home / "mine.yaml")
+    assert "beta: 0.33\n" in (home / "mine.yaml").read_text()
+    fill(page, beta=0.9)
+    page.locator("#train-share input[type=file]").set_input_files(home / "mine.yaml")
+    value_of(page, "beta", 0.33)
+    (home / "wrong.yaml").write_text("preset: /etc/x.yaml\n")
+    page.locator("#train-share input[type=file]").set_input_files(home / "wrong.yaml")
+    page.locator(".toast-body.error", has_text="is not a preset").wait_for()
+    value_of(page, "beta", 0.33)
 
 
 def test_a_keyboard_sorts_and_chooses_and_keeps_its_place(page):

@@ -1,26 +1,50 @@
-"""A run's settings as what Train's form shows: preset, model, values, and the data set by its id."""
+"""Settings of a run or a file as what Train's form shows: preset, model, values, and the data set by its id."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from kto_core import paths
-from kto_core.config import resolving
+from kto_core.config import plain_yaml, resolving
 from kto_core.config.run_config import RunConfig
+from kto_core.errors import ConfigError
+from kto_core.plain_text import shown
 from kto_core.runs import folders
 from kto_studio.shared import data_sources, readings
-from kto_studio.train import form as train_form
+
+from . import form as train_form
 
 
-def form(config: RunConfig) -> dict:
-    """Train's form with these settings. The name stays behind: two runs of one name are hard to tell apart."""
+def read(file: str) -> RunConfig:
+    """The settings of a YAML file that a page sent. Only a shipped preset may be named: other files are not its own.
+
+    Raises:
+        ConfigError: it cannot be read, or all its problems.
+    """
+    values = plain_yaml.read(Path(file))
+    if (preset := values.get("preset")) not in (None, *resolving.presets()):
+        names = ", ".join(resolving.presets())
+        raise ConfigError(f"preset: {shown(preset, 60)} is not a preset. Choose one of {names}.")
+    return resolving.resolve_values(values, None, None, train_form.ORIGIN, "file").config
+
+
+def form(config: RunConfig, name: bool = False) -> dict:
+    """Train's form with these settings.
+
+    Args:
+        name: with the run's name. Of a run it stays behind: two of one name are hard to tell apart.
+    """
     made = train_form.empty(config.preset)
     base = resolving.resolve(made["preset"], {}).config
     made["model"] = config.model
     made["adapter"] = adapter_run(config.adapter)
     for c in train_form.controls():
         value = train_form.choice(c, getattr(config, c.name))
-        if c.name != "run_name" and value is not None and value != train_form.choice(c, getattr(base, c.name)):
+        if (
+            (name or c.name != "run_name")
+            and value is not None
+            and value != train_form.choice(c, getattr(base, c.name))
+        ):
             made["values"][c.name] = value
     return made
 
