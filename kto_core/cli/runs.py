@@ -97,7 +97,7 @@ def run_list(args: argparse.Namespace) -> int:
         none = f"No run has the tag {args.tag}." if args.tag and known.runs() else "No runs yet."
         output.say(f"{none} Start one: python -m kto_core train --preset demo --data FILE")
     else:
-        head = ("ID", "NAME", "STATE", "STEP", "LOSS", "HELD OUT", "MARGIN", "VERDICT", "TIME", "DATA", "MODEL", "TAGS",
+        head = ("ID", "NAME", "STATE", "STEP", "LOSS", "VAL LOSS", "MARGIN", "VERDICT", "TIME", "DATA", "MODEL", "TAGS",
                 "STARTED")  # fmt: skip
         output.show(output.table(_without_empty([head, *map(_cells, rows)], keep=("ID", "STATE", "STEP", "LOSS"))))
     return output.OK

@@ -15,7 +15,7 @@ NOT_COMPARED = ("output_dir", "run_name", "alternatives")
 UNREADABLE = "cannot be read"
 METRICS = ("loss", "eval_loss", "rewards/margins", "eval_rewards/margins", "rewards/chosen", "eval_rewards/chosen",
            "rewards/rejected", "eval_rewards/rejected", "kl", "eval_kl", "grad_norm")  # fmt: skip
-JUDGED = (("rewards/margins", "held-out margin"), ("accuracy", "accuracy"), ("auc", "AUC"))
+JUDGED = (("rewards/margins", "margin"), ("accuracy", "accuracy"), ("auc", "AUC"))
 
 
 def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:

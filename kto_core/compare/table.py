@@ -45,7 +45,7 @@ COLUMNS = {
         Column("changed", "Changed settings", lambda f: _words(changes(f))),
         Column("rate", "Learning rate", lambda f: f.rate, lower=False),
         Column("loss", "Loss", lambda f: f.loss),
-        Column("eval_loss", "Held-out loss", lambda f: f.eval_loss),
+        Column("eval_loss", "Validation loss", lambda f: f.eval_loss),
         Column("margin", "Margin", lambda f: f.margin, lower=False),
         Column("verdict", "Verdict", lambda f: _words(f.verdict)),
         Column("seconds", "Time", lambda f: f.seconds, lower=False),

@@ -116,7 +116,7 @@ def test_metrics_verdicts_and_answers_stand_beside_each_other(tmp_path):
         verdicts.judged(tmp_path / name, samples=more + same)
     runs = [Run(tmp_path / name) for name in "ab"] + [Run(bad_runs.make(tmp_path / "c"))]
     metrics = dict(settings.metrics(runs))
-    assert metrics["loss"] == [0.25] * 3 and metrics["verdict: held-out margin"] == [1.93, 1.93, None]
+    assert metrics["loss"] == [0.25] * 3 and metrics["verdict: margin"] == [1.93, 1.93, None]
     first, second, third = settings.verdicts(runs)
     assert first.startswith("Better") and second == first and third == ""
     assert settings.answers(runs)[0] == ("secret", "b", ["yes", "no", None])
