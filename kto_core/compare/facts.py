@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from kto_core.runs.run import Run
 from kto_core.runs.run_list import Brief, RunList
 
 from .judged import Judged, Short
@@ -78,24 +79,28 @@ class Table:
         """
         end = None if patient else time.monotonic() + BUDGET
         with self._lock:
-            made: dict[str, tuple[tuple, Facts]] = {}
             self.pending = False
-            for run in self.known.runs():
-                brief, label = self.known.brief(run), self.known.label(run)
-                stamp = (self.known.folder_time(run), brief.step) if brief else None  # more training: another adapter
-                verdict = self._judged.of(run, stamp, end)
-                self.pending |= self._judged.pending(run)
-                of, before = (brief, label, verdict), self._made.get(run.id)
-                same = before is not None and all(a is b for a, b in zip(before[0], of, strict=True))
-                made[run.id] = before if same and before else (of, facts_of(run.id, brief, label, verdict))
-            self._made = made
+            runs = self.known.runs()
+            found = [self._fact(run, end) for run in runs]
+            self._made = {run.id: self._made[run.id] for run in runs}
             self._judged.keep()
-            return [facts for _, facts in made.values()]
+            return found
 
     def of(self, ids: Iterable[str]) -> list[Facts]:
         """Of these runs, in this order; whose run is not there is left out."""
-        found = {f.id: f for f in self.facts()}
-        return [found[name] for name in ids if name in found]
+        runs = [run for name in ids if (run := self.known.find(name)) is not None]
+        with self._lock:
+            return [self._fact(run, None) for run in runs]
+
+    def _fact(self, run: Run, end: float | None) -> Facts:
+        brief, label = self.known.brief(run), self.known.label(run)
+        stamp = (self.known.folder_time(run), brief.step) if brief else None  # more training: another adapter
+        verdict = self._judged.of(run, stamp, end)
+        self.pending |= self._judged.pending(run)
+        of, before = (brief, label, verdict), self._made.get(run.id)
+        if before is None or not all(a is b for a, b in zip(before[0], of, strict=True)):
+            before = self._made[run.id] = (of, facts_of(run.id, brief, label, verdict))
+        return before[1]
 
 
 def facts_of(run_id: str, brief: Brief | None, label, verdict: Short | None = None) -> Facts:

@@ -6,8 +6,10 @@ import re
 import pytest
 
 from kto_core import labels
+from kto_core.compare import facts as facts_of_runs
 from kto_core.compare.facts import Facts
 from kto_core.config import resolving
+from kto_core.errors import ConfigError
 from kto_core.runs import run_list
 from kto_core.runs.events import RunState, fold
 from kto_studio.runs import beside, tab
@@ -180,3 +182,31 @@ def test_what_does_not_come_along_is_said(runs_dir):
     )
     assert from_config.data_id(config.config) == "hub:owner/set@test"
     assert from_config.form(config.config)["adapter"] == "base"
+
+
+@pytest.mark.parametrize("text", ["preset: /etc/passwd.yaml\n", "preset: [a]\n", "preset: ../demo.yaml\n", "- 1\n",
+                                  "beta: 99\n"])  # fmt: skip
+def test_a_file_that_a_page_sends_names_no_other_file(tmp_path, text):
+    file = tmp_path / "x.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError):
+        from_config.read(str(file))
+    file.write_text("preset: 3b\nbeta: 0.2\nrun_name: mine\n")
+    form = from_config.form(from_config.read(str(file)), name=True)
+    assert form["preset"] == "3b" and form["values"] == {"beta": 0.2, "run_name": "mine"}
+
+
+def test_a_page_asks_little_of_thousands_of_runs(monkeypatch, runs_dir):
+    """What is chosen is looked at, not all runs."""
+    for i in range(6):
+        a_run(runs_dir / f"r{i}")
+    live.forget()
+    live.table().facts()
+    asked = []
+    real = facts_of_runs.Table._fact
+    monkeypatch.setattr(
+        facts_of_runs.Table, "_fact", lambda self, run, end: asked.append(run.id) or real(self, run, end)
+    )
+    view = View(chosen=("r1", "r2")).text()
+    tab._cards_key(view), tab._details_key(view), tab._plot_key(view, "loss", "step"), tab._table_key(view, "")
+    assert set(asked) == {"r1", "r2"}
