@@ -14,6 +14,7 @@ from kto_core import paths
 from kto_studio.chat import tab as chat_tab
 from kto_studio.data import tab as data_tab
 from kto_studio.export import tab as export_tab
+from kto_studio.runs import tab as runs_tab
 from kto_studio.shared import data_sources, live, model_choices, temporary, views
 from kto_studio.shared.context import Context
 from kto_studio.shared.marks import mark
@@ -26,7 +27,7 @@ os.environ["FORWARDED_ALLOW_IPS"] = ""  # uvicorn believes no proxy's word about
 LOCAL = ("127.0.0.1", "localhost", "::1")
 FIRST_PORT = 7860
 ASSETS = Path(__file__).with_name("assets")
-STYLES = [ASSETS / name for name in ("style.css", "tabs.css", "curves.css")]
+STYLES = [ASSETS / name for name in ("style.css", "tabs.css", "curves.css", "runs.css")]
 BROWSER_KEY = "kto-studio-browser"  # obfuscates which data set and run were open; nothing secret is kept there
 FAVICON = ASSETS / "icon.svg"
 
@@ -113,6 +114,7 @@ def build(*, demo: bool = False, public: bool = False) -> gr.Blocks:
             gr.HTML(views.theme_toggle(), elem_id="header-theme", js_on_load=script)
         demo_room = gr.Column(elem_id="demo-room") if demo else None
         advice, model = gr.State(None), gr.State(model_choices.first_model())  # not inside gr.Tabs: they count as tabs
+        start_from = gr.State(None)
         with gr.Tabs(elem_id="tabs", selected="data") as tabs:
             ctx = Context(
                 blocks,
@@ -124,10 +126,12 @@ def build(*, demo: bool = False, public: bool = False) -> gr.Blocks:
                 model,
                 form=form,
                 talk=talk,
+                start_from=start_from,
                 demo=demo,
                 public=public,
             )
-            for name, tab in (("data", data_tab), ("train", train_tab), ("chat", chat_tab), ("export", export_tab)):
+            pages = {"data": data_tab, "train": train_tab, "runs": runs_tab, "chat": chat_tab, "export": export_tab}
+            for name, tab in pages.items():
                 with gr.Tab(name.capitalize(), id=name, elem_id=f"tab-{name}"):
                     tab.build(ctx)
         if demo_room:

@@ -1,22 +1,50 @@
-"""``runs list|show|stop|resume|delete``."""
+"""``runs list|show|stop|resume|delete``; the other actions are in `compare`."""
 
 from __future__ import annotations
 
 import argparse
 import time
 
-from kto_core.errors import RunError
+from kto_core.errors import ConfigError, DiskError, RunError
+from kto_core.jobs import duration
 
-from . import output
+from . import compare, output
+
+COLUMNS = (
+    "name",
+    "state",
+    "data",
+    "preset",
+    "model",
+    "changed",
+    "rate",
+    "loss",
+    "eval_loss",
+    "margin",
+    "verdict",
+    "seconds",
+    "memory",
+    "tags",
+    "note",
+    "started",
+)  # of `compare.table.COLUMNS`, without importing it
 
 
 def add(commands: argparse._SubParsersAction, argv: list[str]) -> None:
     runs = commands.add_parser(
-        "runs", help="list, show, stop, resume or delete runs", description="List and manage runs."
+        "runs",
+        help="list, show, compare, tag, stop, resume or delete runs",
+        description="List, compare and manage runs.",
     )
     actions = runs.add_subparsers(metavar="ACTION", required=True)
 
     listing = actions.add_parser("list", help="all runs, newest first", description="All runs, newest first.")
+    listing.add_argument("--sort", choices=COLUMNS, default="started", metavar="COLUMN",
+                         help=f"sort by {', '.join(COLUMNS)} (default: started, newest first)")  # fmt: skip
+    listing.add_argument("--reverse", action="store_true", help="the other way round")
+    listing.add_argument("--tag", default="", help="only runs with this tag")
+    listing.add_argument("--csv", nargs="?", const="-", metavar="FILE",
+                         help="as CSV, into a file or to standard output; all columns, full precision")  # fmt: skip
     output.add_json(listing)
     listing.set_defaults(run=run_list)
 
@@ -37,6 +65,7 @@ def add(commands: argparse._SubParsersAction, argv: list[str]) -> None:
     delete = _with_run(actions, "delete", "permanently delete a run's folder", run_delete)
     delete.add_argument("--yes", action="store_true", help="do not ask for confirmation")
     output.add_json(delete)
+    compare.add(actions)
 
 
 def _with_run(actions, name: str, text: str, fn) -> argparse.ArgumentParser:
@@ -47,26 +76,71 @@ def _with_run(actions, name: str, text: str, fn) -> argparse.ArgumentParser:
 
 
 def run_list(args: argparse.Namespace) -> int:
+    from kto_core.compare import facts, table
     from kto_core.runs.run_list import RunList
 
+    if args.json and args.csv == "-":
+        raise ConfigError("--csv: with --json, name a file for the CSV.")
     known = RunList()
     known.look(whole=True, patient=True)
-    found = [summary(r, known.brief(r)) for r in known.runs()]
+    rows = table.filtered(facts.Table(known).facts(patient=True), tag=args.tag)
+    down = not table.COLUMNS[args.sort].lower
+    rows = table.ordered(rows, args.sort, down != args.reverse)
+    if args.csv:
+        _csv(args.csv, table.as_csv(rows))
     if args.json:
-        output.emit({"runs": found})
-    elif not found:
-        output.say("No runs yet. Start one: python -m kto_core train --preset demo --data FILE")
+        runs = {r.id: r for r in known.runs()}
+        output.emit({"runs": [_facts(f) | summary(runs[f.id], known.brief(runs[f.id])) for f in rows]})
+    elif args.csv:
+        pass
+    elif not rows:
+        none = f"No run has the tag {args.tag}." if args.tag and known.runs() else "No runs yet."
+        output.say(f"{none} Start one: python -m kto_core train --preset demo --data FILE")
     else:
-        head = ("ID", "STATE", "STEP", "LOSS", "MODEL", "STARTED")
-        output.show(output.table([head, *(_cells(r) for r in found)]))
+        head = ("ID", "NAME", "STATE", "STEP", "LOSS", "VAL LOSS", "MARGIN", "VERDICT", "TIME", "DATA", "MODEL", "TAGS",
+                "STARTED")  # fmt: skip
+        output.show(output.table(_without_empty([head, *map(_cells, rows)], keep=("ID", "STATE", "STEP", "LOSS"))))
     return output.OK
 
 
-def _cells(r: dict) -> tuple:
-    started = time.strftime("%Y-%m-%d %H:%M", time.localtime(r["started"])) if r["started"] else ""
-    loss = "" if r["loss"] is None else f"{r['loss']:.4f}"
-    model = output.one_line(r["model"], 120)
-    return r["id"], r["state"], f"{r['step']}/{r['total_steps'] or '?'}", loss, model, started
+def _facts(f) -> dict:
+    """What `summary` does not have, under the names of the settings and of `evaluate`."""
+    return {
+        "name": f.name, "data": f.data, "changed": dict(f.changed), "learning_rate": f.rate, "eval_loss": f.eval_loss,
+        "margin": f.margin, "margin_interval": list(f.interval) if f.interval else None, "verdict": f.verdict or None,
+        "seconds": f.seconds and round(f.seconds, 3), "memory_gib": f.memory, "tags": list(f.tags), "note": f.note,
+    }  # fmt: skip
+
+
+def _csv(name: str, text: str) -> None:
+    from kto_core.files import write_whole
+
+    if name == "-":
+        output.show(text, end="")
+        return
+    try:
+        write_whole(name, text)
+    except OSError as e:
+        raise DiskError.of(name, e) from e
+
+
+def _without_empty(rows: list[tuple], keep: tuple[str, ...]) -> list[tuple]:
+    """Without columns that are empty in all rows."""
+    wanted = [i for i, name in enumerate(rows[0]) if name in keep or any(row[i] for row in rows[1:])]
+    return [tuple(row[i] for i in wanted) for row in rows]
+
+
+def _cells(f) -> tuple:
+    started = time.strftime("%Y-%m-%d %H:%M", time.localtime(f.started)) if f.started else ""
+    loss, held_out, margin = (
+        "" if value is None else form.format(value)
+        for form, value in (("{:.4f}", f.loss), ("{:.4f}", f.eval_loss), ("{:+.3g}", f.margin))
+    )
+    model = f"cannot be read: {f.problem}" if f.problem else f.model
+    took = duration(f.seconds) if f.seconds else ""
+    return (f.id, output.one_line(f.name, 40), f.state, f"{f.step}/{f.total_steps or '?'}", loss, held_out, margin,
+            f.verdict, took, output.one_line(f.data, 40), output.one_line(model, 120), " ".join(f.tags),
+            started)  # fmt: skip
 
 
 def summary(r, known=None) -> dict:

@@ -35,6 +35,12 @@ def add(commands: argparse._SubParsersAction, argv: list[str]) -> None:
         "file (default: 7b with a GPU, demo without)",
     )
     preset.add_argument("--model-size", metavar="P", help="alias of --preset")
+    train.add_argument(
+        "--config",
+        metavar="FILE",
+        help="YAML file with settings, as 'runs settings RUN' prints them; its preset is the one to start from, and "
+        "other options go before its values",
+    )
     data = train.add_mutually_exclusive_group()
     data.add_argument("--data", metavar="FILE", help="JSONL, JSON, CSV or Parquet file, or the Hub id of a dataset")
     data.add_argument("--local-file", metavar="F", help="alias of --data, for files")
@@ -93,15 +99,24 @@ def overrides(args: argparse.Namespace) -> dict:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def run(args: argparse.Namespace) -> int:
+def _resolved(args: argparse.Namespace, preset: str | None = None):
+    """What preset, file and options say. ``preset``: where none is named."""
     from kto_core.config import resolving
+
+    named = args.preset or args.model_size
+    if args.config:
+        return resolving.resolve_file(args.config, named, overrides(args))
+    return resolving.resolve(named or preset, overrides(args))
+
+
+def run(args: argparse.Namespace) -> int:
     from kto_core.planning import checks
 
     if args.local_file and not Path(args.local_file).is_file():
         raise ConfigError(f"--local-file: {args.local_file} does not exist.")
     if args.for_gpu is not None and not args.dry_run:
         raise ConfigError("--for-gpu: only --dry-run plans for another GPU. Add --dry-run.")
-    resolved = resolving.resolve(args.preset or args.model_size, overrides(args))
+    resolved = _resolved(args)
     checks.check_length(resolved.config)
     if args.dry_run:
         return dry_run(resolved, args)
@@ -233,9 +248,9 @@ def _existing(output_dir: str, args: argparse.Namespace):
 
 def _unused(run, args: argparse.Namespace) -> list[str]:
     """A run goes on with its own settings: the fields given by flags that differ from them."""
-    from kto_core.config import resolving
-
     own = run.config().config
-    given = resolving.resolve(args.preset or args.model_size or own.preset, overrides(args)).config
-    names = [n for n in overrides(args) if n != "output_dir" and getattr(given, n) != getattr(own, n)]
+    found = _resolved(args, own.preset)
+    given, file = found.config, f"file {Path(args.config).name}" if args.config else ""
+    asked = dict.fromkeys([*overrides(args), *(n for n, origin in found.origins.items() if origin == file)])
+    names = [n for n in asked if n != "output_dir" and getattr(given, n) != getattr(own, n)]
     return [n for n in names if n != "data" or Path(given.data).resolve() != Path(own.data)]

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from kto_core import paths
 from kto_core.errors import ConfigError
 from kto_core.files import write_whole
-from kto_core.plain_text import cut
+from kto_core.plain_text import cut, shown
 
 from . import controls, plain_yaml
 from .run_config import RunConfig
@@ -103,6 +103,34 @@ def resolve(
     if config.needs_process and "worker" not in {**values, **given}:
         origins["worker"] = "because of num_gpus" if config.num_gpus > 1 else "because of engine"
     return Resolved(config, origins)
+
+
+def resolve_file(path: str | os.PathLike[str], preset: str | None = None, overrides: dict[str, Any] | None = None,
+                 origin: str = "command line") -> Resolved:  # fmt: skip
+    """As `resolve`, with the values of a YAML file between the preset and the overrides.
+
+    Args:
+        path: lines of ``name: value``; a run's config.yaml is one. Its ``preset`` is the one to start from.
+        preset: in place of the file's.
+
+    Raises:
+        ConfigError: the file cannot be read, or as `resolve`.
+    """
+    values = plain_yaml.read(Path(path).expanduser())
+    return resolve_values(values, preset, overrides, origin, f"file {Path(path).name}")
+
+
+def resolve_values(values: dict[str, Any], preset: str | None, overrides: dict[str, Any] | None, origin: str,
+                   source: str) -> Resolved:  # fmt: skip
+    """`resolve_file` of what was read of it. ``source``: the origin of its values."""
+    values = {k: v for k, v in values.items() if k not in ("description", "origins", "alternatives")}
+    own, given = values.pop("preset", None), overrides or {}
+    if own is not None and not isinstance(own, str):
+        raise ConfigError(f"preset: must be the name of a preset or a YAML file, not {shown(own)}.")
+    given = {k: v for k, v in given.items() if v is not None}
+    found = resolve(preset or own, {**values, **given}, origin)
+    origins = {k: source if o == origin and k not in given else o for k, o in found.origins.items()}
+    return Resolved(found.config, origins)
 
 
 def _check(values: dict[str, Any], source: str = "") -> tuple[RunConfig | None, list[str]]:

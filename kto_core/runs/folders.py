@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kto_core import labels
 from kto_core.errors import BusyError, DiskError, RunError
 from kto_core.files import write_whole
 from kto_core.guards import bounded
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from kto_core.config.resolving import Resolved
 
 ELSEWHERE = "elsewhere.json"  # in the runs folder: run folders that lie outside it
-OURS = (MARK, "events.jsonl", "dataset.json", "stop", "train.log", "worker.log")
+OURS = (MARK, "events.jsonl", "dataset.json", "stop", "train.log", "worker.log", labels.FILE)
 
 _registry = threading.Lock()
 

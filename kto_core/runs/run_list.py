@@ -13,9 +13,9 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from kto_core import plain_text
+from kto_core import labels, plain_text
 from kto_core.errors import ConfigError
 from kto_core.guards import bounded
 from kto_core.paths import runs_dir
@@ -25,7 +25,6 @@ from .folders import ELSEWHERE, first_of, list_runs
 from .run import Run
 
 Stamp = tuple[int, int, int]  # of `bounded.stamp`
-Settings = tuple[str, str | None, str, str]  # model, preset, name, why they cannot be read
 
 NOTE = ".runs.json"  # in the runs folder
 NOTE_BYTES = 1 << 26
@@ -51,19 +50,43 @@ class Brief:
     updated: float | None
     error: str
     problem: str  # why it cannot be read, or ""
-    name: str  # that its user gave it, or ""
+    name: str  # in its settings, or ""
+    data: str  # its data set in short
+    changed: tuple[tuple[str, str], ...]  # (setting, value) of those that no preset decided
+    rate: float | None  # peak learning rate, None while it is being found
+    eval_loss: float | None  # of the rows that are held out, the newest
+    margin: float | None  # theirs, of rewards
+    seconds: float  # of work
+    memory: float | None  # GiB reserved on the GPU at most
 
     @classmethod
     def restored(cls, values: list[Any]) -> Brief:
         """From a note. Raises TypeError, ValueError for what is none."""
         made = cls(*values)
-        texts = (made.state, made.model, made.error, made.problem, made.preset or "", made.name)
-        numbers = (made.step, made.total_steps, made.loss or 0, made.started or 0, made.updated or 0)
+        pairs = tuple((name, value) for name, value in made.changed)
+        made = dataclasses.replace(made, changed=pairs)
+        texts = [made.state, made.model, made.error, made.problem, made.preset or "", made.name, made.data]
+        texts += [text for pair in pairs for text in pair]
+        numbers = [made.step, made.total_steps, made.seconds]
+        numbers += [made.loss or 0, made.started or 0, made.updated or 0, made.rate or 0, made.eval_loss or 0]
+        numbers += [made.margin or 0, made.memory or 0]
         if made.state not in TERMINAL or not all(isinstance(v, str) for v in texts):
             raise ValueError(values)
         if not all(isinstance(v, int | float) and abs(v) < 2**60 for v in numbers):
             raise ValueError(values)
         return made
+
+
+class Settings(NamedTuple):
+    """What a list says of a run's settings."""
+
+    model: str
+    preset: str | None
+    name: str
+    data: str
+    changed: tuple[tuple[str, str], ...]
+    rate: float | None  # None: it is found, or computed
+    problem: str  # why they cannot be read
 
 
 def brief(r: Run, settings: Settings | None = None) -> Brief:
@@ -73,23 +96,34 @@ def brief(r: Run, settings: Settings | None = None) -> Brief:
         settings: `settings_of` the run, where they are known.
     """
     state = r.glance()
-    model, preset, name, problem = settings or settings_of(r)
-    problem = problem or state.problem
-    if problem:
-        model = f"cannot be read: {problem}"
+    found = settings or settings_of(r)
+    problem = found.problem or state.problem
+    model = f"cannot be read: {problem}" if problem else found.model
+    used = state.used.get("learning_rate")
+    usable = isinstance(used, int | float) and not isinstance(used, bool)
     return Brief(
-        state.state, state.step, state.total_steps, state.latest("loss"), model, preset, state.started, state.updated,
-        state.error or (model if problem else ""), problem, name,
+        state.state, state.step, state.total_steps, state.latest("loss"), model, found.preset, state.started,
+        state.updated, state.error or (model if problem else ""), problem, found.name, found.data, found.changed,
+        used if usable and found.rate is None else found.rate, state.latest("eval_loss"),
+        state.latest("eval_rewards/margins"), state.seconds,
+        max((gib for _, gib in state.series("gpu_memory")), default=None),
     )  # fmt: skip
 
 
 def settings_of(r: Run) -> Settings:
     """What a list says of a run's settings; without them, why they cannot be read."""
+    from kto_core.config import sharing
+
     try:
-        config = r.config().config
+        found = r.config()
     except ConfigError as e:
-        return "", None, "", r.settings_problem(e)
-    return config.model, config.preset, plain_text.one_line(config.run_name), ""
+        return Settings("", None, "", "", (), None, r.settings_problem(e))
+    config, rate = found.config, found.config.learning_rate
+    changed = tuple((name, plain_text.cut(value, 100)) for name, value in sharing.changed(found).items())
+    return Settings(
+        config.model, config.preset, plain_text.one_line(config.run_name), sharing.data_name(config), changed,
+        None if isinstance(rate, str) else rate, "",
+    )  # fmt: skip
 
 
 @dataclass
@@ -99,7 +133,8 @@ class _Entry:
     folders: tuple[int, ...] = ()  # times of the folder, and of its checkpoints
     settings: Settings | None = None  # `settings_of`
     brief: Brief | None = None  # None: to be read
-    line: tuple[str, int, str] | None = None  # what a list shows of it
+    label: labels.Label | None = None  # None: to be read
+    line: tuple[object, ...] | None = None  # what a list shows of it
     models: tuple[bool, bool] | None = None  # an adapter, a checkpoint
     noted: bool = False
 
@@ -147,10 +182,20 @@ class RunList:
         found = self._entries.get(r.path)
         return found.folders[0] if found and found.folders else 0
 
+    def label(self, r: Run) -> labels.Label:
+        """The tags and the note that its user gave it."""
+        found = self._entries.get(r.path)
+        return found.label or labels.NONE if found else labels.NONE
+
+    def name(self, r: Run) -> str:
+        """The one that its user gave it last, or ""."""
+        known = self.brief(r)
+        return self.label(r).name or (known.name if known else "")
+
     def title(self, run: Run) -> str:
         """How a list calls a run: by its name, if it has one, and its id."""
-        known = self.brief(run)
-        return f"{known.name} · {run.id}" if known and known.name else run.id
+        name = self.name(run)
+        return f"{name} · {run.id}" if name else run.id
 
     def models(self) -> list[tuple[Run, bool, bool, str]]:
         """(run, has an adapter, has a checkpoint, why it cannot be read) of those with either, newest first."""
@@ -215,7 +260,7 @@ class RunList:
         files = (bounded.stamp(path / "config.yaml"), bounded.stamp(path / "events.jsonl"))
         folders = (_time(path), _time(path / "checkpoints"))
         if folders != e.folders:
-            e.folders, e.models = folders, None
+            e.folders, e.models, e.label = folders, None, None  # a label comes by a new file
             self.file_changes += 1
         if files != e.files:
             if not e.files or files[0] != e.files[0]:
@@ -224,6 +269,9 @@ class RunList:
 
     def _read(self, end: float | None) -> None:
         for e in self._order:
+            if e.files and e.label is None:
+                e.label = labels.read(e.run.path)
+                self._tell(e)
             if e.settled or not e.files:
                 continue
             known = self._note.get(_name(e.run, self.root)) if e.brief is None else None
@@ -235,16 +283,20 @@ class RunList:
                 e.settings = e.settings or settings_of(e.run)
                 e.brief = brief(e.run, e.settings)
                 self._unnoted += self._worth_noting(e)
-            line = _line(e.brief)
-            if line != e.line:
-                if e.line is None:
-                    self._untold = True
-                else:
-                    self.changes += 1
-                e.line = line
+            self._tell(e)
         if self._untold and (self._all_read() or time.monotonic() - self._told > TOLD):
             self._untold, self._told = False, time.monotonic()
             self.changes += 1
+
+    def _tell(self, e: _Entry) -> None:
+        """Note whether the list reads differently by this run."""
+        line = _line(e.brief, e.label) if e.brief is not None else e.line
+        if line != e.line:
+            if e.line is None:
+                self._untold = True
+            else:
+                self.changes += 1
+            e.line = line
 
     def _all_read(self) -> bool:
         return all(e.line is not None for e in self._order)
@@ -269,9 +321,9 @@ class RunList:
             bounded.put_json(self.root / NOTE, noted)
 
 
-def _line(b: Brief) -> tuple[str, int, str]:
+def _line(b: Brief, label: labels.Label | None) -> tuple[object, ...]:
     """What a list shows of a run; of one that goes on, not its steps."""
-    return b.state, b.step if b.state in TERMINAL else 0, b.problem
+    return b.state, b.step if b.state in TERMINAL else 0, b.problem, label
 
 
 def _time(path: Path) -> int:

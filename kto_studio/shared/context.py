@@ -34,7 +34,7 @@ class Event(TypedDict, total=False):
 QUICK: Event = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
 # what raises nothing goes without it, in half the time
 DIRECT: Event = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-TABS = ("data", "train", "chat", "export")  # the ids of ctx.tabs: gr.Tabs(selected="chat") switches
+TABS = ("data", "train", "runs", "chat", "export")  # the ids of ctx.tabs: gr.Tabs(selected="chat") switches
 
 
 def error(problem: str | BaseException, title: str = "Error") -> gr.Error:
@@ -135,6 +135,7 @@ class Context:
     chosen_model: gr.State | None = None  # {"model": name, "max_length": n} as Train's form has them
     form: gr.BrowserState | None = None  # Train's settings; survives a reload (built outside the tabs: see launch)
     talk: gr.BrowserState | None = None  # Chat's conversation, likewise
+    start_from: gr.State | None = None  # {"form", "data", "n"}: a run's settings for Train, which takes them on change
     demo: bool = False  # app.py --demo
     public: bool = False  # reachable from other machines: show no folders of this one
     ticks: list = field(default_factory=list)  # (fn, inputs, bell) of every `on_tick`

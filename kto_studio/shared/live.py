@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 from kto_core import paths
+from kto_core.compare.facts import Table
 from kto_core.errors import KTOError
 from kto_core.hardware import gpus
 from kto_core.runs.run_list import RunList
@@ -14,6 +15,7 @@ from kto_core.runs.run_list import RunList
 _lock = threading.Lock()
 _known: dict[str, tuple[float, object]] = {}
 _list: RunList | None = None
+_table: Table | None = None
 
 
 def _once(key: str, seconds: float, ask: Callable[[], object]):
@@ -45,6 +47,16 @@ def runs() -> RunList:
         return _list
 
     return _once("runs", 0.9, look)
+
+
+def table() -> Table:
+    """The facts of all runs."""
+    global _table
+    known = runs()
+    with _lock:
+        if _table is None or _table.known is not known:
+            _table = Table(known)
+        return _table
 
 
 def active():

@@ -113,8 +113,17 @@ def fraction(state: RunState) -> float | None:
     return min(1.0, state.step / state.total_steps)
 
 
-def head(run_id: str, state: RunState, problem: str = "", name: str = "") -> str:
-    """Name, state, progress, time left and the last message of a run, or why it cannot be read."""
+def about(brief: Brief | None) -> str:
+    """What a run trains on what, and the settings that no preset decided."""
+    if brief is None or brief.problem:
+        return ""
+    parts = [html.escape(text) for text in (brief.data, brief.model) if text]
+    parts += [", ".join(f"{html.escape(k)} <b>{html.escape(v)}</b>" for k, v in brief.changed)] if brief.changed else []
+    return " · ".join(parts)
+
+
+def head(run_id: str, state: RunState, problem: str = "", name: str = "", about: str = "") -> str:
+    """Name, state, progress, time left and the last message of a run, or why it cannot be read. ``about``: HTML."""
     done = fraction(state)
     facts = []
     if state.total_steps:
@@ -128,11 +137,12 @@ def head(run_id: str, state: RunState, problem: str = "", name: str = "") -> str
     bad = state.state == "failed" or problem
     tone = ' class="run-message bad" role="alert"' if bad else ' class="run-message"'
     shown = "" if queued(state) or (state.terminal and not done) else bar(done, "Training progress")
+    card = f'<div class="changed run-about">{about}</div>' if about else ""
     named = f'<b class="run-name">{html.escape(name)}</b>' if name else ""
     return (
         f'<div class="run-head" data-state="{state.state}" data-step="{state.step}">'
         f'<div class="run-line">{chip(state)}{named}<span class="run-id">{html.escape(run_id)}</span>'
-        f'<span class="run-facts">{" · ".join(facts)}</span></div>{shown}'
+        f'<span class="run-facts">{" · ".join(facts)}</span></div>{card}{shown}'
         f"<div{tone}>{prose(text)}</div></div>"
     )
 

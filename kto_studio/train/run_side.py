@@ -181,7 +181,7 @@ def _controls(run) -> list:
 
 def _newest(run) -> tuple:
     s = run.state() if run else None
-    return (run.id, s.state, s.updated, s.message, s.error, _problem(run, s), _name(run)) if s else (None,)
+    return (run.id, s.state, s.updated, s.message, s.error, _problem(run, s), _name(run), _about(run)) if s else (None,)
 
 
 def _problem(run, state) -> str:
@@ -190,16 +190,19 @@ def _problem(run, state) -> str:
     return state.problem or (known.problem if known else "")
 
 
+def _about(run) -> str:
+    return views.about(live.runs().brief(run))
+
+
 def _name(run) -> str:
-    known = live.runs().brief(run)
-    return known.name if known else ""
+    return live.runs().name(run)
 
 
 def _numbers(run) -> list:
     if run is None:
         return ["", views.no_runs(), ""]
     s = run.state()
-    return [run.id, views.head(run.id, s, _problem(run, s), _name(run)), views.tiles(s)]
+    return [run.id, views.head(run.id, s, _problem(run, s), _name(run), _about(run)), views.tiles(s)]
 
 
 def _lines_known(run) -> tuple:

@@ -18,7 +18,7 @@ from kto_studio.shared.context import QUICK, Context, Event
 from kto_studio.shared.marks import mark
 from kto_studio.shared.prose import in_app, prose
 
-from . import cache_view, plan, run_side
+from . import cache_view, plan, run_side, share
 from . import form as train_form
 
 START = "Start training"
@@ -110,6 +110,7 @@ def _settings(ui) -> None:
         for group in dict.fromkeys(c.group for c in rest):
             gr.HTML(f"<h3>{group}</h3>", elem_classes="panel-head group-head")
             _pairs(made, [c for c in rest if c.group == group])
+    ui.share = share.build()
     with gr.Accordion("All values and where they come from", open=False, elem_id="train-origins"):
         ui.origins = gr.HTML("", show_label=False)
     ui.values = [made[c.name] for c in controls]
@@ -253,7 +254,7 @@ def _form_events(ctx: Context, ui) -> None:
         ),
         ctx.advice.change(ctx.guarded(advised), [ctx.advice, ui.form, ctx.chosen_data], [*widgets, *outputs], **QUICK),
     ]
-    for change in changes:
+    for change in [*changes, *share.wire(ctx, ui.share, typed, [*widgets, *outputs], everything)]:
         change.then(ctx.guarded(settled), [ui.form, ctx.chosen_data, *typed], outputs, **QUICK)
     ui.change.click(lambda: gr.Tabs(selected="data"), None, [ctx.tabs], **QUICK)
 

@@ -173,8 +173,11 @@ def test_a_phone_shows_the_run_first_and_nothing_sideways(chromium, url):
 def test_what_is_read_has_contrast_a_name_and_its_place(chromium, url, dark):
     run = made(3, 3)
     with browser.page_of(chromium, url, dark=dark) as found:
-        for name in ("Data", "Train", "Chat", "Export"):
+        for name in ("Data", "Train", "Runs", "Chat", "Export"):
             browser.tab(found, name)
+            if name == "Runs":
+                found.get_by_role("checkbox", name=f"Compare {run.id}").check()
+                found.locator("#plot-runs").wait_for()
             found.wait_for_timeout(1500)
             assert found.evaluate(RATIO) == [], name
             unnamed = (
