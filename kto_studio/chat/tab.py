@@ -46,10 +46,8 @@ def build(ctx: Context) -> None:
             vote_layout.kind()
             with gr.Column(elem_id="chat-talk"):
                 with gr.Row():
-                    left, right = (
-                        layout.chatbot("chat-a", "Conversation"),
-                        layout.chatbot("chat-b", BASE, visible=False),
-                    )
+                    left = layout.chatbot("chat-a", "Conversation")
+                    right = layout.chatbot("chat-b", BASE, visible=False)
                 stats = gr.HTML("", elem_id="chat-stats", show_label=False)
                 correction = layout.correction_controls()
                 message, send, stop, clear = layout.message_controls()
@@ -63,7 +61,7 @@ def build(ctx: Context) -> None:
     screen = [talk, left, right, stats, send, stop, kept]
     _answers(ctx, settings, screen, message, clear)
     _loading(ctx, model, checkpoint, load, unload, state)
-    thumbs.build(ctx, settings, screen, note, use, correction, _keep)
+    thumbs.build(ctx, settings, screen, (note, use), correction, _keep)
     vote_tab.build(ctx, vote, settings)
 
 

@@ -17,10 +17,14 @@ from .session import Settings
 FEEDBACK = "chat_feedback.jsonl"
 
 
-def build(
-    ctx: Context, settings: list, screen: list, note: gr.HTML, use: gr.Button, correction, keep: Callable
-) -> None:
-    """Connect the thumbs. ``correction``: `layout.correction_controls`; ``keep``: what the browser keeps of a talk."""
+def build(ctx: Context, settings: list, screen: list, under: tuple, correction: tuple, keep: Callable) -> None:
+    """Connect the thumbs.
+
+    Args:
+        under: the note under the conversation and its button. correction: `layout.correction_controls`.
+        keep: (conversation, settings) -> what the browser keeps.
+    """
+    note, use = under
     talk, left, right, *_, kept = screen
     room, text, save, cancel = correction
     which = gr.Textbox("", visible=False)  # the answer that the field is for: column and place, as in ``liked``

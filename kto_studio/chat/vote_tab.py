@@ -48,7 +48,7 @@ def _now() -> tuple[Session | None, Job | None]:
 
 
 def _signature(session: Session | None, job: Job | None, markdown: bool) -> tuple:
-    doing = (job.id, job.state, round(job.fraction or 0, 2), job.text) if job else ()
+    doing: tuple = (job.id, job.state, round(job.fraction or 0, 2), job.text) if job else ()
     if session is not None and session.shown() is not None and job is not None and job.running:
         doing = (job.id, job.state)  # its progress is not shown
     return (session.id, bounded.stamp(session.path), doing, markdown) if session else (doing, markdown)
@@ -113,8 +113,9 @@ def _voting(ctx: Context, ui: SimpleNamespace, settings: list) -> None:
         def kept(vote: str, number: float, text: str, rendered: bool):
             session = _shown(vote)
             session.edit(int(number), place, text or "")
-            left, right = session.shown().edited if session.shown() else ("", "")
-            gr.Info("Kept. Now vote on the pair." if (left, right)[PLACES.index(place)] else "The original stays.")
+            shown = session.shown()
+            edited = shown is not None and shown.edited[PLACES.index(place)]
+            gr.Info("Kept. Now vote on the pair." if edited else "Nothing to keep: the text is that of the answer.")
             return _screen(*_now(), rendered, number)
 
         return kept
@@ -163,7 +164,7 @@ def _setup(ctx: Context, ui: SimpleNamespace, settings: list) -> None:
         found = vote_work.opponents(choice)
         if known == found:
             return gr.skip(), gr.skip()
-        value = against if against in dict((name, label) for label, name in found) else "base"
+        value = against if against in [name for _, name in found] else "base"
         return gr.update(choices=found, value=value), found
 
     ctx.on_tick(opponents, [ui.against, listed], [model, ui.against, listed])
@@ -188,12 +189,13 @@ def _rows(ctx: Context, ui: SimpleNamespace) -> None:
         side = session.settings.a
         if side.run not in dict(model_choices.with_adapter()):
             raise ModelError(
-                f"The rows are in {name}, but {side.name} has no finished adapter to continue from. Resume the run first."
+                f"The rows are in {name}, but {side.name} has no finished adapter to continue from. Resume the run "
+                "first."
             )
         if side.checkpoint:
             raise ModelError(
-                f"The rows are in {name}. The vote was on a checkpoint, and Train continues from finished adapters only: "
-                "use `kto vote rows`, which prints the command."
+                f"The rows are in {name}. The vote was on a checkpoint, and Train continues from finished adapters "
+                "only: use `kto vote rows`, which prints the command."
             )
         return text, f"file:{name}", {"run": side.run, "vote": session.id}, gr.Tabs(selected="train")
 

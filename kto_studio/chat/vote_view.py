@@ -1,4 +1,4 @@
-"""What the blind vote shows, as pure functions. Of a pair they get `Shown`, which does not know whose answer is whose."""
+"""What the blind vote shows, as pure functions. Of a pair they get `Shown`, which knows no sides."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from kto_studio.shared.prose import note, prose
 from . import view
 
 INTRODUCTION = (
-    '<p class="card-text">Two models answer the same prompts. You say which answer is better and do not see whose it is: '
-    "sides are drawn at random. System prompt and sampling are those of this tab.</p>"
+    '<p class="card-text">Two models answer the same prompts. You say which answer is better and do not see whose it '
+    "is: sides are drawn at random. System prompt and sampling are those of this tab.</p>"
 )
 KEYS = '<p class="card-text">Keys: ← left, → right, ↓ no difference.</p>'
 SOURCES = (("Held-out rows", "held_out"), ("Dataset", "data"), ("Typed", "typed"))

@@ -168,6 +168,8 @@ def continuing(run_id: str) -> dict:
     """
     _adapter(run_id)
     config = folders.find(run_id).config().config
+    if Path(config.model).is_absolute():
+        raise ModelError(f"Run {run_id} was trained on a model in a folder. Continue it with `kto train --adapter`.")
     return empty(config.preset) | {"model": config.model, "adapter": run_id}
 
 
