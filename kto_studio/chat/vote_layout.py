@@ -16,7 +16,15 @@ PLACES = ("left", "right")
 
 def kind() -> gr.Radio:
     """What the right side is for. The styles show one of the two: nothing has to be mounted anew."""
-    return gr.Radio(list(KINDS), value=CHAT, show_label=False, label="What to do", container=False, elem_id="chat-kind")
+    return gr.Radio(
+        list(KINDS),
+        value=CHAT,
+        label="What to do",
+        show_label=False,
+        container=False,
+        interactive=True,  # no event takes it: Gradio would lock it
+        elem_id="chat-kind",
+    )
 
 
 def side() -> SimpleNamespace:
@@ -25,6 +33,8 @@ def side() -> SimpleNamespace:
     with gr.Column(elem_id="vote-side"):
         _setup(ui)
         ui.status = gr.HTML("", show_label=False, elem_id="vote-status")
+        ui.cancel = gr.Button("Cancel", visible=False, size="sm", elem_id="vote-cancel")
+        ui.resume = gr.Button("Continue the vote", visible=False, size="sm", elem_id="vote-continue")
         _pair(ui)
         ui.progress = gr.HTML("", show_label=False, elem_id="vote-progress")
         _result(ui)
@@ -54,16 +64,14 @@ def _setup(ui: SimpleNamespace) -> None:
         ui.typed = gr.Textbox(label="Prompts, one per line", lines=3, visible=False, elem_id="vote-typed")
         ui.data = gr.Dropdown([], label="Dataset", visible=False, elem_id="vote-data")
         with gr.Row(equal_height=True):
-            ui.count = gr.Number(20, precision=0, label="Prompts", min_width=110, elem_id="vote-count")
+            ui.count = gr.Number(20, precision=0, label="Number of prompts", min_width=110, elem_id="vote-count")
             ui.new = gr.Checkbox(
                 False,
                 label="Start a new vote",
                 info="Off: continue the last vote with these models and settings.",
                 elem_id="vote-new",
             )
-        with gr.Row():
-            ui.start = gr.Button("Start voting", variant="primary", elem_id="vote-start")
-            ui.cancel = gr.Button("Cancel", visible=False, elem_id="vote-cancel")
+        ui.start = gr.Button("Start voting", variant="primary", elem_id="vote-start")
 
 
 def _pair(ui: SimpleNamespace) -> None:

@@ -39,7 +39,7 @@ def build(ctx: Context, ui: SimpleNamespace, settings: list) -> None:
 
 def _outputs(ui: SimpleNamespace) -> list:
     texts = [ui.status, ui.prompt, *ui.answers.values(), *ui.edits.values(), *ui.folds.values()]
-    return [ui.seen, ui.vote, ui.number, *texts, ui.progress, ui.result, ui.setup, ui.fold, ui.cancel]
+    return [ui.seen, ui.vote, ui.number, *texts, ui.progress, ui.result, ui.setup, ui.fold, ui.cancel, ui.resume]
 
 
 def _now() -> tuple[Session | None, Job | None]:
@@ -78,6 +78,7 @@ def _screen(session: Session | None, job: Job | None, markdown: bool, number: fl
         gr.update(open=False) if shown or busy else gr.update(open=True),
         gr.update(open=True) if done else gr.skip(),
         gr.update(visible=busy and shown is None),
+        gr.update(visible=vote_view.idle(session, job)),
     ]
 
 
@@ -149,6 +150,10 @@ def _setup(ctx: Context, ui: SimpleNamespace, settings: list) -> None:
             job.cancel()
         return _screen(session, job, rendered)
 
+    def resume(vote: str, rendered: bool):
+        vote_work.supply(_shown(vote)).kick()
+        return _screen(*_now(), rendered)
+
     def sources(source: str):
         there = data_sources.choices()
         typed, data = gr.update(visible=source == "typed"), gr.update(visible=source == "data", choices=there)
@@ -156,6 +161,7 @@ def _setup(ctx: Context, ui: SimpleNamespace, settings: list) -> None:
 
     asked = [ui.against, ui.source, ui.typed, ui.data, ui.count, ui.new]
     ui.start.click(ctx.guarded(start), [*asked, *settings], [ui.new, *outputs], **ONCE)
+    ui.resume.click(ctx.guarded(resume), [ui.vote, markdown], outputs, **ONCE)
     ui.cancel.click(ctx.guarded(cancel), [markdown], outputs, **ONCE)
     ui.source.input(ctx.guarded(sources), [ui.source], [ui.typed, ui.data], **QUICK)
     listed = mark()

@@ -26,13 +26,21 @@ ROLES = {"system": "System prompt", "user": "Prompt", "assistant": "Answer"}
 def status(session: Session | None, job: Job | None) -> str:
     """What the models do now, or why they do nothing; "" while a pair waits and nothing is wrong."""
     if job is not None and job.state == "failed":
-        return note(f"{job.error} Press Start voting to try again.", "bad")
+        return note(job.error, "bad")
     if job is not None and job.running and (session is None or session.shown() is None):
         text = prose(job.text or "Loading…")
         return f'{bar(job.fraction, "Making the next pair")}<div class="job-text">{text}</div>'
+    if idle(session, job):
+        return note("Some prompts of this vote have no answers yet.")
     if session is not None and session.skipped:
         return note(f"{session.skipped:,} lines of this vote cannot be read and do not count.", "bad")
     return ""
+
+
+def idle(session: Session | None, job: Job | None) -> bool:
+    """Whether nobody answers prompts that are left: the app was restarted, or the answering cancelled or failed."""
+    waits = session is not None and session.shown() is None and bool(session.unanswered())
+    return waits and not (job is not None and job.running)
 
 
 def prompt(shown: Shown | None) -> str:
