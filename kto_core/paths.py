@@ -44,6 +44,11 @@ def data_dir() -> Path:
     return Path(os.environ.get("KTO_STUDIO_DATA") or runs_dir().parent / "data").expanduser().resolve()
 
 
+def votes_dir() -> Path:
+    """``$KTO_STUDIO_VOTES``, else ``votes`` beside the runs folder: the blind votes. The page serves no file of it."""
+    return Path(os.environ.get("KTO_STUDIO_VOTES") or runs_dir().parent / "votes").expanduser().resolve()
+
+
 def is_hub_id(name: str) -> bool:
     """Whether a name can be a repository's on the Hub (``owner/name``). A folder here may have the same name."""
     return bool(_HUB_ID.fullmatch(name)) and "--" not in name and ".." not in name

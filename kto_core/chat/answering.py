@@ -17,6 +17,7 @@ from kto_core.jobs import check_cancel
 from .context_window import fit
 
 logger = logging.getLogger(__name__)
+OTHER = "other"  # PEFT's name of the adapter that is loaded beside the model's own
 POLL = 0.1  # seconds between two looks of who waits for an answer
 
 
@@ -29,6 +30,7 @@ class Answering:
         self.model, self.tokenizer, self.has_adapter = model, tokenizer, has_adapter
         self.decoder = None  # `decode.Decoder`, where it serves; otherwise transformers' generate answers
         self.style = PLAIN  # how a conversation is rendered
+        self.other_style = PLAIN  # the same for the adapter beside
         self.stats: dict = {}
         self._answering = threading.Lock()  # held while the model works, not while somebody reads what it wrote
         self._gives_way = False  # the answer that holds it
@@ -45,6 +47,7 @@ class Answering:
         messages: list[dict],
         *,
         tuned: bool = True,
+        other: bool = False,
         temperature: float = 0.7,
         top_p: float = 0.9,
         top_k: int = 50,
@@ -62,6 +65,7 @@ class Answering:
         Args:
             messages: role/content dicts; if the context is full the oldest turns are left out, never the system prompt.
             tuned: with the adapter; False answers with the base weights.
+            other: with the adapter that `chat.Chat.join` loaded beside, whatever ``tuned`` is.
             temperature: 0 takes the likeliest token always. ``top_k`` 0: all tokens. ``seed`` None: another each time.
             gives_way: whoever waits for an answer that does not give way is served before.
 
@@ -74,11 +78,12 @@ class Answering:
         stop, failed = threading.Event(), []
         try:
             self._wanted(cancel)
-            ids, forgotten = self._fit(messages, tools, max_new_tokens, cancel)
+            style = self.other_style if other else self.style
+            ids, forgotten = self._fit(messages, tools, max_new_tokens, cancel, style)
             generation = self._generation(
-                ids, tuned, temperature, top_p, top_k, repetition_penalty, max_new_tokens, seed, (stop, cancel)
+                ids, tuned or other, temperature, top_p, top_k, repetition_penalty, max_new_tokens, seed, (stop, cancel)
             )
-            thread = self._start(*generation[:2], failed)
+            thread = self._start(*generation[:2], failed, other)
         except BaseException:
             self._answering.release()
             raise
@@ -117,14 +122,15 @@ class Answering:
         if self._closed.is_set() or self.model is None:
             raise Unloaded("The model was unloaded. Load it again to continue.")
 
-    def _fit(self, messages: list[dict], tools, max_new_tokens: int, cancel=None) -> tuple[list[int], int]:
+    def _fit(self, messages: list[dict], tools, max_new_tokens: int, cancel=None, style=None) -> tuple[list[int], int]:
         """Token ids that leave room for an answer, and how many old messages were left out for it."""
         from kto_core.data.rendering.template import render_chat
 
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2**20
         room = max(1, limit - min(max_new_tokens, limit // 2))
+        style = style or self.style
         return fit(
-            messages, lambda m: render_chat(m, self.tokenizer, tools, self.style), room, partial(self._wanted, cancel)
+            messages, lambda m: render_chat(m, self.tokenizer, tools, style), room, partial(self._wanted, cancel)
         )
 
     def _generation(self, ids, tuned, temperature, top_p, top_k, repetition_penalty, max_new_tokens, seed, events):
@@ -204,12 +210,13 @@ class Answering:
             self.decoder = None
             self._generate(base, arguments)
 
-    def _start(self, call, out, failed: list) -> threading.Thread:
+    def _start(self, call, out, failed: list, other: bool) -> threading.Thread:
         """Let the model work in a thread that frees it afterwards, whatever becomes of who reads its answer."""
 
         def body() -> None:
             try:
-                call()
+                with self._with(other):
+                    call()
             except BaseException as e:
                 failed.append(e)
             finally:
@@ -219,6 +226,19 @@ class Answering:
         thread = threading.Thread(target=body, name="answer", daemon=True)
         thread.start()
         return thread
+
+    @contextlib.contextmanager
+    def _with(self, other: bool) -> Iterator[None]:
+        """While one answer is made: the adapter beside in place of the model's own."""
+        if not other:
+            yield
+            return
+        own = self.model.active_adapter
+        self.model.set_adapter(OTHER, inference_mode=True)
+        try:
+            yield
+        finally:
+            self.model.set_adapter(own, inference_mode=True)
 
     def _streamed(self, thread, out, counter, stop: threading.Event, forgotten: int) -> Iterator[str]:
         started, first = time.perf_counter(), None

@@ -10,12 +10,12 @@ import contextlib
 import threading
 from pathlib import Path
 
-from kto_core.errors import BusyError, Cancelled
+from kto_core.errors import BusyError, Cancelled, KTOError, ModelError, first_line
 from kto_core.jobs import Progress, check_cancel, no_progress
-from kto_core.models.adapter_gate import require_adapter
+from kto_core.models.adapter_gate import opened, require_adapter
 
-from .answering import Answering
-from .target import resolve, style
+from .answering import OTHER, Answering
+from .target import require_same_base, resolve, style
 
 _current: Chat | None = None
 _loading = threading.Lock()
@@ -52,6 +52,8 @@ class Chat(Answering):
         super().__init__(model, tokenizer, has_adapter)
         self.name = name
         self.asked: tuple[str, str] | None = None  # what `load` was asked for
+        self.beside: tuple[str, str] | None = None  # what `join` was asked for
+        self.config = None  # the run's, or how a model by itself is loaded
         self._owned = owned or contextlib.ExitStack()
 
     @classmethod
@@ -88,7 +90,7 @@ class Chat(Answering):
             base.eval()
             check_cancel(cancel)
             chat = cls(base, tokenizer, name, adapter is not None, stack.pop_all())
-            chat.style = style(target)
+            chat.style, chat.config = style(target), config
         if base.device.type == "cuda":
             progress(None, "Warming up…")
             try:
@@ -98,6 +100,59 @@ class Chat(Answering):
                 chat.unload()
                 raise
         return chat
+
+    def join(
+        self, target, *, checkpoint=None, progress: Progress = no_progress, cancel: threading.Event | None = None
+    ) -> None:
+        """Load the adapter of another run beside this one's, on the same weights, for ``stream(other=True)``.
+
+        Again with the same does nothing; with another one, the one before is dropped.
+
+        Raises:
+            ModelError: nothing of that name, no adapter, or one of another base model.
+            Unloaded: this model was unloaded.
+            Cancelled: ``cancel`` was set.
+        """
+        asked = (str(target), str(checkpoint or ""))
+        if self.beside == asked:
+            return
+        config, adapter, name = resolve(target, checkpoint)
+        if adapter is None:
+            raise ModelError(f"{name} is not a run, so it has no adapter. `runs list` shows all runs.")
+        require_same_base(self.config, config, self.name, name)
+        require_adapter(Path(adapter), config.model)
+        self._begin(cancel, gives_way=False)
+        try:
+            self._wanted(cancel)
+            progress(None, f"Loading the adapter of {name}…")
+            self._drop_other()
+            self._load_other(Path(adapter))
+            self.beside, self.other_style = asked, style(target)
+            if self.decoder is not None:
+                self.decoder.close()
+                self.decoder = None
+                self.warm_up()
+        except BaseException:
+            self._drop_other()
+            raise
+        finally:
+            self._answering.release()
+
+    def _load_other(self, folder: Path) -> None:
+        own = self.model.active_adapter
+        try:
+            self.model.load_adapter(str(opened(folder)), adapter_name=OTHER, is_trainable=False)
+        except KTOError:
+            raise
+        except Exception as e:  # shapes (RuntimeError), targets (ValueError), a cut file (SafetensorError)
+            raise ModelError(f"The adapter in {folder} cannot be loaded on this base model: {first_line(e)}") from e
+        self.model.set_adapter(own, inference_mode=True)
+        self.model.eval()
+
+    def _drop_other(self) -> None:
+        self.beside = None
+        if OTHER in getattr(self.model, "peft_config", {}):
+            self.model.delete_adapter(OTHER)
 
     def warm_up(self) -> None:
         """Make the first answer as fast as the others: adapters in the model's format, the decoding step captured."""

@@ -76,7 +76,7 @@ class Decoder:
         self._configs = attention.configs(model)
         self._forwards = _step_forwards(self.decoder)
         self._cache: _Cache | None = None
-        self._graphs: dict[bool, tuple] = {}
+        self._graphs: dict[tuple, tuple] = {}  # of each set of weights: base, or an adapter
 
     @torch.inference_mode()
     def tokens(self, ids: list[int], base: bool, choose: Callable, limit: int, fresh: bool = False) -> Iterator[int]:
@@ -92,8 +92,9 @@ class Decoder:
             self._cache.ids = []
         text = torch.zeros(1, len(ids) + limit, dtype=torch.long, device=self.device)
         text[0, : len(ids)] = torch.tensor(ids)
+        weights = (base, getattr(self.model, "active_adapter", None))
         with self._running(base):
-            logits = self._read(ids, base)
+            logits = self._read(ids, weights)
         for n in range(len(ids), len(ids) + limit):
             token = choose(text[:, :n], logits)
             text[:, n] = token
@@ -103,7 +104,7 @@ class Decoder:
                 self._room(n + 1)
                 self._cache.token.fill_(chosen)
                 self._cache.position.fill_(n)
-                logits = self._step(base)
+                logits = self._step(weights)
                 self._cache.ids.append(chosen)
 
     def close(self) -> None:
@@ -131,19 +132,19 @@ class Decoder:
         new = self._cache = _Cache(length, self.device)
         if old is None:
             return
-        new.ids, new.base = old.ids, old.base
+        new.ids, new.weights = old.ids, old.weights
         for number, tensors in old.layers.items():
             for kept, grown in zip(tensors, new.layer(number, tensors[0]), strict=True):
                 grown[:, :, : old.length] = kept
 
-    def _read(self, ids: list[int], base: bool) -> torch.Tensor:
+    def _read(self, ids: list[int], weights: tuple) -> torch.Tensor:
         """Logits after the prompt. What the cache has of it already is not computed again."""
         cache = self._cache
         known = 0
-        if cache.base == base:
+        if cache.weights == weights:
             known = next((i for i, (a, b) in enumerate(zip(ids, cache.ids, strict=False)) if a != b), len(cache.ids))
         known = min(known, len(ids) - 1)
-        cache.base, cache.ids = base, ids[:known]
+        cache.weights, cache.ids = weights, ids[:known]
         new = torch.tensor([ids[known:]], device=self.device)
         positions = torch.arange(known, len(ids), device=self.device)[None]
         run = _Run(cache, start=known)
@@ -151,14 +152,14 @@ class Decoder:
         cache.ids = list(ids)
         return self.head.logits(hidden[0, -1:])
 
-    def _step(self, base: bool) -> torch.Tensor:
+    def _step(self, weights: tuple) -> torch.Tensor:
         """Logits after the cache's one token at its position."""
-        if base not in self._graphs:
-            with self._running(base):  # takes longer than a captured step
+        if weights not in self._graphs:
+            with self._running(weights[0]):  # takes longer than a captured step
                 if not self.graph:
                     return self._one()
-                self._graphs[base] = self._captured()
-        graph, logits = self._graphs[base]
+                self._graphs[weights] = self._captured()
+        graph, logits = self._graphs[weights]
         graph.replay()
         return logits
 
@@ -187,7 +188,7 @@ class _Cache:
     """Keys and values of every layer, and the tensors a captured step reads. ``ids``: tokens that are in it."""
 
     def __init__(self, length: int, device):
-        self.length, self.ids, self.base = length, [], None
+        self.length, self.ids, self.weights = length, [], None
         self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.token = torch.zeros(1, 1, dtype=torch.long, device=device)
         self.position = torch.zeros(1, dtype=torch.long, device=device)
@@ -255,7 +256,9 @@ def _projection(layer, x, *_, **__):
     out = base(x)
     if layer.disable_adapters:
         return out
-    (adapter,) = layer.lora_A
+    adapter = next((name for name in layer.active_adapters if name in layer.lora_A), None)
+    if adapter is None:  # the active one does not change this layer
+        return out
     a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
     low = F.linear(x.to(a.dtype), a).flatten(0, -2)
     added = torch.addmm(out.flatten(0, -2).to(b.dtype), low, b.t(), alpha=layer.scaling[adapter])

@@ -27,6 +27,25 @@ def resolve(target, checkpoint=None):
     return found.config().config, _adapter(found, checkpoint), found.id
 
 
+def require_same_base(one, two, first: str, second: str) -> None:
+    """Whether two runs' adapters can be put on one set of weights. ``one``, ``two``: their RunConfigs.
+
+    Raises:
+        ModelError: they were trained on different models, or on one model in different precisions.
+    """
+    if one.model != two.model:
+        names = [Path(c.model).name if Path(c.model).is_absolute() else c.model for c in (one, two)]
+        raise ModelError(
+            f"{first} was trained on {names[0]}, {second} on {names[1]}. Choose two runs of one base model."
+        )
+    if one.load_in_4bit != two.load_in_4bit:
+        four, whole = (first, second) if one.load_in_4bit else (second, first)
+        raise ModelError(
+            f"{four} was trained on the base model in 4 bit, {whole} was not, so one set of weights cannot serve both. "
+            "Choose two runs with the same setting of load_in_4bit."
+        )
+
+
 def style(target):
     """How a conversation with a run or model is rendered: thinking as in the rows that the run trained."""
     from kto_core.data.rendering.style import PLAIN, Style

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 
 from kto_core.plain_text import printable
 
-from . import chat, checks, data, export, output, runs, train
+from . import chat, checks, data, export, output, runs, train, vote
 
-COMMANDS = (data, train, runs, chat, export, checks)
+COMMANDS = (data, train, runs, chat, vote, export, checks)
 
 
 class Parser(argparse.ArgumentParser):

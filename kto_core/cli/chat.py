@@ -25,45 +25,56 @@ def add(commands: argparse._SubParsersAction, argv: list[str]) -> None:
     chat.add_argument("--base", action="store_true", help="answer with the base model (adapter off)")
     chat.add_argument("--checkpoint", metavar="STEP", help="use the adapter from this checkpoint instead of the latest")
     chat.add_argument("--prompt", metavar="T", help="print the answer to T and exit")
-    chat.add_argument("--system", metavar="TEXT", default="", help="system prompt")
-    chat.add_argument(
+    add_sampling(chat)
+    output.add_json(chat)
+    chat.set_defaults(run=run)
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Flags of how a model answers."""
+    parser.add_argument("--system", metavar="TEXT", default="", help="system prompt")
+    parser.add_argument(
         "--temperature",
         type=output.number(float, 0, 2),
         default=0.7,
         metavar="X",
         help="0: always pick the most likely token (default: %(default)s)",
     )
-    chat.add_argument(
+    parser.add_argument(
         "--top-p",
         type=output.number(float, 0.01, 1),
         default=0.9,
         metavar="X",
         help="sample from the most likely tokens whose probabilities add up to X (default: %(default)s)",
     )
-    chat.add_argument(
+    parser.add_argument(
         "--top-k",
         type=output.number(int, 0),
         default=50,
         metavar="N",
         help="sample from the N most likely tokens; 0: no limit (default: %(default)s)",
     )
-    chat.add_argument(
+    parser.add_argument(
         "--repetition-penalty",
         type=output.number(float, 0.5, 2),
         default=1.0,
         metavar="X",
         help="above 1: fewer repetitions (default: %(default)s)",
     )
-    chat.add_argument(
+    parser.add_argument(
         "--max-new-tokens",
         type=output.number(int, 1),
         default=512,
         metavar="N",
         help="maximum length of an answer in tokens (default: %(default)s)",
     )
-    chat.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same answer")
-    output.add_json(chat)
-    chat.set_defaults(run=run)
+    parser.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same answer")
+
+
+def sampling(args: argparse.Namespace) -> dict:
+    """These flags as `Chat.stream` takes them."""
+    names = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens")
+    return {name: getattr(args, name) for name in names}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -111,11 +122,7 @@ def _answer(chat, messages: list[dict], args: argparse.Namespace, *, shown: bool
         for part in chat.stream(
             messages,
             tuned=not args.base,
-            temperature=args.temperature,
-            top_p=args.top_p,
-            top_k=args.top_k,
-            repetition_penalty=args.repetition_penalty,
-            max_new_tokens=args.max_new_tokens,
+            **sampling(args),
             seed=args.seed,
             cancel=interrupts.cancel,
         ):

@@ -23,7 +23,7 @@ from kto_core.data.reading.digest import Digest
 from kto_core.data.reading.record_rows import rows_of_record
 from kto_core.data.reading.store import Store
 from kto_core.data.records.labels import READ_FROM
-from kto_core.data.records.names import holds
+from kto_core.data.records.names import holds, is_noted
 from kto_core.data.records.rows import PLAIN, DroppedRow, Labels, Row, parse_all, to_chatml, to_trl
 from kto_core.errors import DataError, DiskError, KTOError, MapError
 from kto_core.files import beside, write_whole
@@ -173,7 +173,7 @@ def _load(source: str, split: str, labels: Labels, progress: Progress, cancel: t
                 report.changed[change] += 1
                 report.issues.add(line, "changed", change)
             for column, value in row.extra.items():
-                if holds(value) and READ_FROM + column not in changes:
+                if holds(value) and READ_FROM + column not in changes and not is_noted(column, row.extra):
                     report.unused[column] += 1
             report.row_lengths.append(characters(row))
             contrast.add(row)

@@ -1,4 +1,4 @@
-"""Answers rated in the chat become KTO rows: a JSONL file that the Data tab reads like any other."""
+"""Answers rated in the chat, or voted on, become KTO rows: a JSONL file that the Data tab reads like any other."""
 
 from __future__ import annotations
 
@@ -6,29 +6,67 @@ import contextlib
 import json
 import os
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kto_core.data.records.names import WRITTEN
 from kto_core.errors import DiskError, ModelError
 from kto_core.files import write_whole
 
 _writing = threading.Lock()
 
 
-def add(path: str | os.PathLike[str], messages: list[dict[str, Any]], label: bool) -> None:
+@dataclass(frozen=True)
+class Rated:
+    """One answer and what was thought of it.
+
+    Attributes:
+        messages: role/content dicts, the answer last.
+        about: columns that say where the answer comes from, see `about`.
+    """
+
+    messages: list[dict[str, Any]]
+    label: bool
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+def about(what: str, *, model: str, adapter: str, sampling: dict[str, Any], at: float | None = None) -> dict[str, Any]:
+    """Columns of a row that the reader knows as notes (`names.NOTED`).
+
+    Args:
+        what: "vote", "edit", "correction" or "thumb". model: the base model's name. adapter: the run (and checkpoint),
+            "" for the base model. sampling: `Chat.stream`'s settings. at: Unix time; default now.
+    """
+    moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at))
+    return {"source": WRITTEN + what, "model": model, "adapter": adapter, "sampling": dict(sampling), "time": moment}
+
+
+def add(path: str | os.PathLike[str], messages: list[dict[str, Any]], label: bool, **about: Any) -> None:
     """Write a rated answer as a KTO row (TRL's conversational form) into a JSONL file; rated again, it is replaced.
 
     Args:
         messages: role/content dicts, the rated answer last.
+        about: more columns, see `about`.
 
     Raises:
         DiskError: the file cannot be written.
     """
-    if len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise ModelError("Only answers can be rated.")
-    row = {"prompt": messages[:-1], "completion": messages[-1:], "label": bool(label)}
-    _rewrite(path, lambda rows: [*(r for r in rows if not _same(r, row)), row])
+    add_all(path, [Rated(messages, label, about)])
+
+
+def add_all(path: str | os.PathLike[str], rated: Iterable[Rated]) -> None:
+    """`add` for many answers, in one write: all of them are in the file afterwards, or none. Raises DiskError."""
+    new: list[dict[str, Any]] = []
+    for one in rated:
+        if len(one.messages) < 2 or one.messages[-1]["role"] != "assistant":
+            raise ModelError("Only answers can be rated.")
+        row = {"prompt": one.messages[:-1], "completion": one.messages[-1:], "label": bool(one.label), **one.about}
+        new = [*(r for r in new if not _same(r, row)), row]
+    known = {_key(r) for r in new}
+    _rewrite(path, lambda rows: [*(r for r in rows if not isinstance(r, dict) or _key(r) not in known), *new])
 
 
 def remove(path: str | os.PathLike[str], messages: list[dict[str, Any]]) -> None:
@@ -41,6 +79,10 @@ def counts(path: str | os.PathLike[str]) -> tuple[int, int]:
     """(desirable, undesirable) rows of the file; (0, 0) if there is none."""
     labels = [r.get("label") for r in _rows(path) if isinstance(r, dict)]
     return labels.count(True), labels.count(False)
+
+
+def _key(row: dict[str, Any]) -> str:
+    return json.dumps([row.get("prompt"), row.get("completion")], sort_keys=True)
 
 
 def _same(a: object, b: dict[str, Any]) -> bool:

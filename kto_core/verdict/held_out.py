@@ -106,7 +106,7 @@ def find(
         style = Style.of(config, began)
         encoded = list(template.encode_iter(rows, tokenizer, config.max_length, progress, cancel, style))
         try:
-            known = _trained_on(run, config, tokenizer, began, progress, cancel)
+            known = questions_trained_on(run, config, tokenizer, began, progress, cancel)
         except Cancelled:
             raise
         except KTOError as e:
@@ -170,8 +170,14 @@ def _planned(run, config, tokenizer, began, progress, cancel) -> Planned:
     return planned
 
 
-def _trained_on(run, config, tokenizer, began, progress, cancel) -> set[str]:
-    """The questions of all rows that the run was trained on."""
+def questions_trained_on(
+    run, config: RunConfig, tokenizer, began, progress: Progress = no_progress, cancel: threading.Event | None = None
+) -> set[str]:
+    """The questions of all rows that the run was trained on. ``began``: `RunState.started`, for templates with a date.
+
+    Raises:
+        DataError: its rows cannot be read any more.
+    """
     if config.test_size and (run.dataset().get("test") or {}).get("rows"):
         rows: Iterable[Row] = _planned(run, config, tokenizer, began, progress, cancel).train_rows
     else:

@@ -136,6 +136,7 @@ class Context:
     form: gr.BrowserState | None = None  # Train's settings; survives a reload (built outside the tabs: see launch)
     talk: gr.BrowserState | None = None  # Chat's conversation, likewise
     start_from: gr.State | None = None  # {"form", "data", "n"}: a run's settings for Train, which takes them on change
+    go_on: gr.State | None = None  # {"run": id, …}: Train continues from its adapter, on the chosen data, on change
     demo: bool = False  # app.py --demo
     public: bool = False  # reachable from other machines: show no folders of this one
     ticks: list = field(default_factory=list)  # (fn, inputs, bell) of every `on_tick`

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from typing import Any
 
 QUESTIONS = ("question", "query", "input", "user_prompt", "user_input", "user_message")
 PERHAPS = ("user", "human", "problem", "request")  # questions, if there is no better name
@@ -31,6 +32,15 @@ ABOUT = re.compile(
     r"(?:.*_)?(?:id|uuid|idx|index|hash|url|source|category|behavior|dataset|model|lang|language|split|subset|type|kind|topic|"
     r"tags?|date|time|timestamp|author|annotator|license|version|meta|metadata|scores?|ratings?|comments?|notes?)"
 )
+
+NOTED = frozenset(("source", "model", "adapter", "sampling", "time"))  # columns of rows that this program wrote
+WRITTEN = "KTO Studio "  # how the ``source`` of such a row begins
+
+
+def is_noted(column: str, extra: dict[str, Any]) -> bool:
+    """Whether a column of a row only says how this program came by the row: nobody expects it to be trained on."""
+    source = extra.get("source")
+    return column in NOTED and isinstance(source, str) and source.startswith(WRITTEN)
 
 
 @functools.lru_cache(1000)
