@@ -23,7 +23,7 @@ class Saved(NamedTuple):
 
 
 class SavedAlong(NamedTuple):
-    """The same of a layer that goes along the sequence (`shape.Recurrent`)."""
+    """The same of a layer that goes along the sequence (`recurrent_sizes.Recurrent`)."""
 
     hidden: tuple[float, float]
     ffn: tuple[float, float]
