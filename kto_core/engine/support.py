@@ -39,7 +39,8 @@ def available(hf_config, max_length: int | None = None) -> tuple[bool, str]:
     kinds = set(getattr(config, "layer_types", None) or []) - ATTENTION - along
     if kinds or name in ("mamba", "mamba2", "rwkv", "recurrent_gemma"):
         kind = ", ".join(sorted(kinds)) or "recurrent layers"
-        return False, f"{name} has {kind.replace('_', ' ')}, which the packed engine does not support."
+        kind = kind.replace("_", " ").replace("linear attention", "linear attention other than Gated DeltaNet")
+        return False, f"{name} has {kind}, which the packed engine does not support."
     if getattr(config, "use_bidirectional_attention", None) not in (None, False, "vision"):  # text stays causal there
         return False, f"{name} uses bidirectional attention, which the packed engine does not support."
     rope = getattr(config, "rope_parameters", None) or {}
