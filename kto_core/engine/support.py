@@ -48,7 +48,8 @@ def available(hf_config, max_length: int | None = None) -> tuple[bool, str]:
     kinds = set(getattr(config, "layer_types", None) or []) - ATTENTION - along
     if kinds or name in ("mamba", "mamba2", "rwkv", "recurrent_gemma"):
         kind = ", ".join(sorted(kinds)) or "recurrent layers"
-        return False, f"{name} has {kind.replace('_', ' ')}, which the packed engine does not support."
+        kind = kind.replace("_", " ").replace("linear attention", "linear attention other than Gated DeltaNet")
+        return False, f"{name} has {kind}, which the packed engine does not support."
     if is_mixture(config) and config.model_type not in MIXTURES:
         return False, f"{name} is a mixture of experts of a kind that the packed engine has not been checked with."
     if getattr(config, "use_bidirectional_attention", None) not in (None, False, "vision"):  # text stays causal there
