@@ -45,7 +45,8 @@ def arguments(argv=None) -> argparse.Namespace:
 def load(args):
     """A `chat.Chat` of the model, with a random adapter if asked."""
     import torch
-    from kto_step import model_folder, targets
+    from kto_step import model_folder
+    from step_engines import targets
 
     from kto_core.chat import chat
     from kto_core.config import resolving as config

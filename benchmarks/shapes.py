@@ -28,6 +28,7 @@ SHAPES = {
     "llama-2-13b": ("llama", 5120, 13824, 40, 40, 40, 32000, False),
     "qwen2.5-14b": ("qwen2", 5120, 13824, 48, 40, 8, 152064, False),
     "gpt-oss-20b": ("gpt_oss", 2880, 2880, 24, 64, 8, 201088, False),
+    "qwen3.5-9b": ("qwen3_5_text", 4096, 12288, 32, 16, 4, 248320, False),
     "qwen3-30b-a3b": ("qwen3_moe", 2048, 768, 48, 32, 4, 151936, False),
 }
 FIELDS = (
@@ -41,6 +42,7 @@ FIELDS = (
 )
 EXTRA = {
     "mistral-7b": {"sliding_window": None},
+    "qwen3.5-9b": {"head_dim": 256},  # of its recurrent layers transformers' own defaults, which are its sizes
     "gpt-oss-20b": {"num_local_experts": 32},
     "qwen3-30b-a3b": {
         "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True,

@@ -86,6 +86,8 @@ def build(args, model, tokenizer, dataset, out: str, gpu: bool, cache):
     from peft import LoraConfig
     from trl import KTOConfig, KTOTrainer
 
+    from kto_core.models.language.targets import excluded
+
     config = KTOConfig(
         output_dir=out,
         per_device_train_batch_size=args.batch_size,
@@ -108,8 +110,9 @@ def build(args, model, tokenizer, dataset, out: str, gpu: bool, cache):
     lora = None
     if args.worker != "unsloth":
         lora = LoraConfig(
-            r=args.lora_r, lora_alpha=2 * args.lora_r, lora_dropout=0.0, target_modules=targets(), task_type="CAUSAL_LM"
-        )
+            r=args.lora_r, lora_alpha=2 * args.lora_r, lora_dropout=0.0, task_type="CAUSAL_LM",
+            target_modules="all-linear", exclude_modules=excluded(model, "all-linear"),
+        )  # fmt: skip
     common = {"model": model, "args": config, "train_dataset": dataset, "processing_class": tokenizer}
     if args.worker == "packed":
         from kto_core.engine import PackedKTOTrainer

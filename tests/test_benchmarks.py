@@ -1,9 +1,12 @@
 """The parts of benchmarks/ that need no GPU: what they count, search, draw and write."""
 
+import ast
 import functools
 import gc
+import importlib.util
 import json
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -300,3 +303,17 @@ def test_a_machine_without_a_card_says_what_is_missing(tmp_path, monkeypatch, ca
     assert "--chat needs a file" in capsys.readouterr().err
     assert on_card.main(["--only", "divided-7b", "--tools", str(data), "--out", str(tmp_path / "out")]) == 1
     assert "divided-7b: needs 2 GPUs; this machine has 0" in capsys.readouterr().out
+
+
+def test_what_benchmarks_import_of_each_other_and_of_the_program_is_there():
+    """Most import inside functions that only a card runs."""
+    folder, missing = Path(__file__).parent.parent / "benchmarks", []
+    own = {p.stem for p in folder.glob("*.py")} | {"kto_core", "kto_studio", "tests"}
+    for path in sorted(folder.glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in own:
+                there = importlib.import_module(node.module)
+                for name in (alias.name for alias in node.names):
+                    if not hasattr(there, name) and importlib.util.find_spec(f"{node.module}.{name}") is None:
+                        missing.append(f"{path.name}: {node.module}.{name}")
+    assert not missing
