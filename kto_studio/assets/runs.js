@@ -58,4 +58,4 @@ element.addEventListener('change', follow);
 new MutationObserver(() => {
   follow();
   if (held && document.activeElement === document.body) element.querySelector(held)?.focus({preventScroll: true});
-}).observe(element, {childList: true, subtree: true, attributes: true, attributeFilter: ['data-view']}); // what is the same stays
+}).observe(element, {childList: true, subtree: true, attributes: true, attributeFilter: ['data-view', 'checked']}); // what is the same stays
