@@ -74,8 +74,8 @@ def test_available(architecture):
 @pytest.mark.parametrize(
     "model_type, settings, word",
     [
-        ("mixtral", {}, "mixture-of-experts"),
-        ("qwen3_next", {}, "mixture-of-experts"),
+        ("doge", {"num_experts": 4}, "mixture of experts of a kind"),
+        ("qwen3_next", {}, "linear attention"),
         ("mamba", {}, "linear attention"),
         ("t5", {}, "encoder-decoder"),
         ("gpt2", {}, "rotary"),
