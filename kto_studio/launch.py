@@ -111,6 +111,7 @@ def build(*, demo: bool = False, public: bool = False) -> gr.Blocks:
             script = (ASSETS / "page.js").read_text(encoding="utf-8")
             gr.HTML(views.theme_toggle(), elem_id="header-theme", js_on_load=script)
         demo_room = gr.Column(elem_id="demo-room") if demo else None
+        go_on = gr.State(None)
         advice, model = gr.State(None), gr.State(model_choices.first_model())  # not inside gr.Tabs: they count as tabs
         with gr.Tabs(elem_id="tabs", selected="data") as tabs:
             ctx = Context(
@@ -123,6 +124,7 @@ def build(*, demo: bool = False, public: bool = False) -> gr.Blocks:
                 model,
                 form=form,
                 talk=talk,
+                go_on=go_on,
                 demo=demo,
                 public=public,
             )

@@ -136,7 +136,7 @@ def _vote(args: argparse.Namespace) -> int:
     if session is None:
         session = folder.create(a, b, chosen, args.system, args.seed)
     if prompts and not session.add_prompts(prompts, args.n) and not session.unanswered() and not session.waiting():
-        output.say("All of these prompts were voted on already. Give others, or start anew with --new.")
+        output.say("All of these prompts were voted on already. Give others, or start a new vote with --new.")
     loaded: list[Chat] = []
 
     def load(session, progress, cancel):

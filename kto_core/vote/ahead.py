@@ -89,17 +89,29 @@ class Ahead:
         self.job: jobs.Job | None = None
         self._starting = threading.Lock()
 
-    def kick(self) -> None:
-        """Begin to fill, if there is something to do and nobody does it."""
-        with self._starting:
-            if self.job is not None and self.job.running:
-                return
-            if self.session.waiting() < WAITING and self.session.unanswered():
-                self.job = jobs.start(JOB + self.session.id, self._work)
+    def kick(self, before: Callable[[Progress, threading.Event], None] | None = None) -> None:
+        """Begin to fill, if there is something to do and nobody does it.
 
-    def _work(self, progress: Progress, cancel: threading.Event) -> None:
-        loaded = self.load(self.session, progress, cancel)
-        fill(self.session, loaded, progress, cancel)
+        Args:
+            before: what has to be done first, with progress and cancel (to read prompts); a filling that goes on is
+                ended for it.
+        """
+        with self._starting:
+            if before is not None:
+                self.stop()
+            elif (self.job is not None and self.job.running) or not self._wanted():
+                return
+            self.job = jobs.start(JOB + self.session.id, lambda progress, cancel: self._work(before, progress, cancel))
+
+    def _wanted(self) -> bool:
+        return self.session.waiting() < WAITING and bool(self.session.unanswered())
+
+    def _work(self, before, progress: Progress, cancel: threading.Event) -> None:
+        if before is not None:
+            before(progress, cancel)
+        if self._wanted():
+            loaded = self.load(self.session, progress, cancel)
+            fill(self.session, loaded, progress, cancel)
 
     def stop(self) -> None:
         """End what is being made now, and wait for it."""

@@ -77,6 +77,6 @@ def write(session: Session, path: str | os.PathLike[str] | None = None) -> tuple
 def reference(side: Side) -> str:
     """What is trained, and what the reference model is then (`RunConfig.adapter`)."""
     return (
-        f"Training goes on from the adapter of {side.name}. A frozen copy of that adapter, not the base model, is the "
-        f"reference: rewards, KL and verdict say how far the new run moves from {side.name}."
+        f"Training continues from the adapter of {side.name}. A frozen copy of that adapter, not the base model, is "
+        f"the reference: rewards, KL and verdict say how far the new run moves from {side.name}."
     )

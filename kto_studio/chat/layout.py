@@ -88,6 +88,22 @@ def chatbot(elem_id: str, label: str, visible: bool = True) -> gr.Chatbot:
     )
 
 
+def correction_controls() -> tuple[gr.Column, gr.Textbox, gr.Button, gr.Button]:
+    """The field under a bad answer: its room, the text, Save, Not now."""
+    with gr.Column(visible=False, elem_classes="card", elem_id="chat-correct") as room:
+        text = gr.Textbox(
+            label="Write what it should have said",
+            info="This text becomes a 👍 Good row. The answer stays a 👎 Bad one.",
+            lines=3,
+            max_lines=12,
+            elem_id="chat-correction",
+        )
+        with gr.Row():
+            save = gr.Button("Save", variant="primary", min_width=90, elem_id="chat-correction-save")
+            cancel = gr.Button("Not now", min_width=90, elem_id="chat-correction-cancel")
+    return room, text, save, cancel
+
+
 def message_controls() -> tuple[gr.Textbox, gr.Button, gr.Button, gr.Button]:
     """Message, Send, Stop, Clear."""
     with gr.Row(equal_height=True, elem_id="chat-composer"):

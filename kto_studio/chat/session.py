@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, TypeGuard
 
 from kto_core.chat import chat
 from kto_core.data.records import thoughts
@@ -18,6 +19,7 @@ TUNED, BASE, BOTH = view.MODES
 EVERY = 0.06  # seconds between two updates of a growing answer
 SEPARATOR = " &nbsp;|&nbsp; "
 POLL = 0.1  # seconds between two looks at a model that is being loaded
+MARKS = ("liked", "corrected")  # of a conversation: what is known of single answers
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,11 @@ class Settings:
 
 
 def empty() -> dict:
-    """``a`` is the left (or only) column, ``b`` the right one; ``liked`` has "a3" -> True or False."""
-    return {"a": [], "b": [], "liked": {}}
+    """``a`` is the left (or only) column, ``b`` the right one.
+
+    ``liked`` has "a3" -> True or False, ``corrected`` the text that was written in place of a bad answer.
+    """
+    return {"a": [], "b": [], "liked": {}, "corrected": {}}
 
 
 def restore(kept: dict | None) -> dict:
@@ -50,6 +55,8 @@ def restore(kept: dict | None) -> dict:
         talk[side] = [m for m in kept.get(side) or [] if isinstance(m, dict) and m.get("role") and "content" in m]
         talk[side] = [m if isinstance(m.get("thought", ""), str) else m | {"thought": ""} for m in talk[side]]
     talk["liked"] = {k: v for k, v in (kept.get("liked") or {}).items() if isinstance(v, bool)}
+    written = kept.get("corrected")
+    talk["corrected"] = {k: v for k, v in written.items() if isinstance(v, str)} if isinstance(written, dict) else {}
     return talk
 
 
@@ -62,8 +69,8 @@ def align(talk: dict) -> dict:
     asked = [[m["content"] for m in talk[s] if m["role"] == "user"] for s in "ab"]
     if asked[0] == asked[1]:
         return talk
-    liked = {k: v for k, v in talk["liked"].items() if k[0] == "a"}
-    return {"a": talk["a"], "b": list(talk["a"]), "liked": liked}
+    ours = {name: {k: v for k, v in talk[name].items() if k[0] == "a"} for name in MARKS}
+    return {"a": talk["a"], "b": list(talk["a"])} | ours
 
 
 def ask(talk: dict, mode: str, text: str) -> dict:
@@ -78,8 +85,8 @@ def _answered(messages: list[dict]) -> list[dict]:
 def cut(talk: dict, mode: str, index: int) -> dict:
     """The conversation before message ``index``. Rows that thumbs wrote for what goes stay in the file."""
     kept = {s: talk[s][:index] for s in sides(mode)}
-    liked = {k: v for k, v in talk["liked"].items() if k[0] not in kept or int(k[1:]) < index}
-    return talk | kept | {"liked": liked}
+    stay = {n: {k: v for k, v in talk[n].items() if k[0] not in kept or int(k[1:]) < index} for n in MARKS}
+    return talk | kept | stay
 
 
 def thumbs(talk: dict, side: str) -> list[str | None]:
@@ -161,7 +168,7 @@ def answer(talk: dict, settings: Settings, stop: threading.Event) -> Iterator[tu
 
 def _stream(loaded, talk: dict, side: str, tuned: bool, s: Settings, stop: threading.Event) -> Iterator[dict]:
     asked = talk[side]
-    reply = {"role": "assistant", "content": "", "system": s.system}
+    reply = {"role": "assistant", "content": "", "system": s.system, "by": origin(s, tuned)}
     stream = loaded.stream(
         _with_system(asked, s.system),
         tuned=tuned,
@@ -186,6 +193,31 @@ def _stream(loaded, talk: dict, side: str, tuned: bool, s: Settings, stop: threa
     finally:
         stream.close()
     yield talk | {side: [*asked, reply]}
+
+
+def origin(s: Settings, tuned: bool) -> dict:
+    """Who answers and how, as `feedback.about` takes it: model, adapter ("" for the base model), sampling."""
+    sampling = {
+        "temperature": s.temperature,
+        "top_p": s.top_p,
+        "top_k": int(s.top_k),
+        "repetition_penalty": s.repetition_penalty,
+        "max_new_tokens": int(s.max_tokens),
+        "seed": None if s.seed is None or s.seed < 0 else int(s.seed),
+    }
+    model, adapter = model_choices.origin(s.model, s.checkpoint)
+    return {"model": model, "adapter": adapter if tuned else "", "sampling": sampling}
+
+
+def is_origin(kept: object) -> TypeGuard[dict[str, Any]]:
+    """Whether what a browser kept is of the form of `origin`."""
+    return (
+        isinstance(kept, dict)
+        and kept.keys() == {"model", "adapter", "sampling"}
+        and isinstance(kept["model"], str)
+        and isinstance(kept["adapter"], str)
+        and isinstance(kept["sampling"], dict)
+    )
 
 
 def _stats(loaded) -> str:

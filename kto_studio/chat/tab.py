@@ -7,17 +7,15 @@ import time
 
 import gradio as gr
 
-from kto_core import paths
 from kto_core.chat import chat
-from kto_core.data import feedback
-from kto_core.errors import Cancelled, ModelError
+from kto_core.errors import Cancelled
 from kto_studio.shared import model_choices
 from kto_studio.shared.context import QUICK, Context, Event, error
 
-from . import layout, session, view
+from . import layout, session, thumbs, view, vote_layout, vote_tab
 from .session import BASE, BOTH, TUNED, Settings
+from .thumbs import FEEDBACK
 
-FEEDBACK = "chat_feedback.jsonl"
 BROWSER_KEY = "kto-studio-browser"
 ANSWERS: Event = {
     "concurrency_limit": None,  # the model takes one at a time; a page that waits shows its question and Stop
@@ -45,20 +43,26 @@ def build(ctx: Context) -> None:
             model, checkpoint, load, unload, state = layout.model_controls()
             controls = layout.settings_controls()
         with gr.Column(scale=3, min_width=480, elem_id="chat-side"):
-            with gr.Row():
-                left, right = layout.chatbot("chat-a", "Conversation"), layout.chatbot("chat-b", BASE, visible=False)
-            stats = gr.HTML("", elem_id="chat-stats", show_label=False)
-            message, send, stop, clear = layout.message_controls()
-            with gr.Row(equal_height=True):
-                note = gr.HTML(view.feedback(0, 0, FEEDBACK), elem_id="chat-note", show_label=False)
-                use = gr.Button(
-                    "Open in the Data tab", size="sm", visible=False, scale=0, min_width=190, elem_id="chat-use"
-                )
+            vote_layout.kind()
+            with gr.Column(elem_id="chat-talk"):
+                with gr.Row():
+                    left = layout.chatbot("chat-a", "Conversation")
+                    right = layout.chatbot("chat-b", BASE, visible=False)
+                stats = gr.HTML("", elem_id="chat-stats", show_label=False)
+                correction = layout.correction_controls()
+                message, send, stop, clear = layout.message_controls()
+                with gr.Row(equal_height=True):
+                    note = gr.HTML(view.feedback(0, 0, FEEDBACK), elem_id="chat-note", show_label=False)
+                    use = gr.Button(
+                        "Open in the Data tab", size="sm", visible=False, scale=0, min_width=190, elem_id="chat-use"
+                    )
+            vote = vote_layout.side()
     settings = [model, checkpoint, *controls]
     screen = [talk, left, right, stats, send, stop, kept]
     _answers(ctx, settings, screen, message, clear)
     _loading(ctx, model, checkpoint, load, unload, state)
-    _feedback(ctx, settings, screen, note, use)
+    thumbs.build(ctx, settings, screen, (note, use), correction, _keep)
+    vote_tab.build(ctx, vote, settings)
 
 
 # ---- the conversation
@@ -267,50 +271,3 @@ def _loading(ctx: Context, model, checkpoint, load, unload, state) -> None:
         return f"run:{run_id}" if f"run:{run_id}" in known else gr.skip()
 
     ctx.chosen_run.change(ctx.guarded(follow), [ctx.chosen_run], [model], **QUICK)
-
-
-# ---- thumbs
-
-
-def _count() -> tuple[int, int]:
-    """Rows in the feedback file: (desirable, undesirable)."""
-    return feedback.counts(paths.data_dir() / FEEDBACK)
-
-
-def _feedback(ctx: Context, settings: list, screen: list, note: gr.HTML, use: gr.Button) -> None:
-    talk, left, right, *_, kept = screen
-
-    def shown():
-        up, down = _count()
-        return view.feedback(up, down, FEEDBACK), gr.update(visible=bool(up + down))
-
-    def rate(side: str, event: gr.LikeData, conversation: dict, values: tuple):
-        s, index = Settings(*values), _index(event, conversation[side])
-        messages = session.rated(conversation, side, index, s.system)
-        path = paths.data_dir() / FEEDBACK
-        liked = dict(conversation["liked"])
-        if event.liked is True or event.liked is False:
-            feedback.add(path, messages, event.liked)
-            liked[f"{side}{index}"] = event.liked
-        else:  # taken back
-            feedback.remove(path, messages)
-            liked.pop(f"{side}{index}", None)
-        conversation = conversation | {"liked": liked}
-        return conversation, _keep(conversation, s), *shown()
-
-    def rate_left(event: gr.LikeData, conversation: dict, *values):
-        return rate("a", event, conversation, values)
-
-    def rate_right(event: gr.LikeData, conversation: dict, *values):
-        return rate("b", event, conversation, values)
-
-    for column, handler in ((left, rate_left), (right, rate_right)):
-        column.like(ctx.guarded(handler), [talk, *settings], [talk, kept, note, use], **QUICK)
-    ctx.on_load(shown, [note, use])
-
-    def open_data():
-        if not (paths.data_dir() / FEEDBACK).is_file():
-            raise ModelError("No rated answers yet. Rate an answer first.")
-        return f"file:{FEEDBACK}", gr.Tabs(selected="data")
-
-    use.click(ctx.guarded(open_data), None, [ctx.chosen_data, ctx.tabs], **QUICK)

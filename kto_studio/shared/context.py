@@ -135,6 +135,7 @@ class Context:
     chosen_model: gr.State | None = None  # {"model": name, "max_length": n} as Train's form has them
     form: gr.BrowserState | None = None  # Train's settings; survives a reload (built outside the tabs: see launch)
     talk: gr.BrowserState | None = None  # Chat's conversation, likewise
+    go_on: gr.State | None = None  # {"run": id, …}: Train continues from its adapter, on the chosen data, on change
     demo: bool = False  # app.py --demo
     public: bool = False  # reachable from other machines: show no folders of this one
     ticks: list = field(default_factory=list)  # (fn, inputs, bell) of every `on_tick`

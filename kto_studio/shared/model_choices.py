@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from kto_core import jobs
-from kto_core.errors import ModelError, RunError
+from kto_core.errors import KTOError, ModelError, RunError
 from kto_core.paths import is_hub_id
 from kto_core.plain_text import one_line
 
@@ -118,6 +118,22 @@ def target(choice: str | None) -> str:
     if is_hub_id(hub):
         return hub
     raise ModelError("Choose a model from the list, or enter a Hub id as owner/name.")
+
+
+def origin(choice: str | None, checkpoint: str | None = None) -> tuple[str, str]:
+    """(name of the base model, run and checkpoint) of an id, as a row notes them; no path of this machine."""
+    from kto_core.models.facts import public_name
+
+    choice = (choice or "").strip()
+    run_id = _run_id(choice)
+    if not run_id:
+        return public_name(choice.removeprefix("base:")) if choice else "", ""
+    try:
+        model = _find(run_id).config().config.model
+    except KTOError:  # deleted, or its settings cannot be read; its weights may be loaded all the same
+        model = ""
+    name = Path(model).name if Path(model).is_absolute() else public_name(model)
+    return name, f"{run_id}/{checkpoint}" if checkpoint else run_id
 
 
 def loading() -> jobs.Job | None:

@@ -160,6 +160,19 @@ def carry(form: dict, preset: str) -> dict:
     return new
 
 
+def continuing(run_id: str) -> dict:
+    """A form that continues from a run's adapter: that run's preset and model.
+
+    Raises:
+        ModelError: its adapter is gone, or its settings cannot be read.
+    """
+    _adapter(run_id)
+    config = folders.find(run_id).config().config
+    if Path(config.model).is_absolute():
+        raise ModelError(f"Run {run_id} was trained on a model in a folder. Continue it with `kto train --adapter`.")
+    return empty(config.preset) | {"model": config.model, "adapter": run_id}
+
+
 def restore(kept) -> dict:
     """The form a browser kept; whatever is not of that form, or not valid any more, is left out."""
     kept = kept if isinstance(kept, dict) else {}

@@ -74,7 +74,7 @@ def _what(ui) -> None:
                 [("A new adapter", "")],
                 value="",
                 label="Start from",
-                info="A new adapter, or the adapter of an earlier run.",
+                info="A new adapter, or the adapter of an earlier run, which is then the reference model.",
                 elem_id="train-adapter",
             )
         ui.name = _control(next(c for c in train_form.controls() if c.name == "run_name"))
@@ -213,6 +213,12 @@ def _form_events(ctx: Context, ui) -> None:
         values = {k: v for k, v in values.items() if k not in both or v != getattr(base, k)}
         return everything(form | {"values": values}, data_id)
 
+    def continued(asked: dict | None, data_id: str):
+        """From the adapter of a run: its preset and model, and nothing else of the form before."""
+        if not asked:
+            return (gr.skip(),) * (len(widgets) + len(outputs))
+        return everything(train_form.continuing(asked["run"]), data_id)
+
     def tick(form: dict, data_id: str, seen):
         """The plan follows what is learned of the data meanwhile."""
         if plan.signature(form, data_id) == seen:
@@ -252,6 +258,9 @@ def _form_events(ctx: Context, ui) -> None:
         ),
         ctx.advice.change(ctx.guarded(advised), [ctx.advice, ui.form, ctx.chosen_data], [*widgets, *outputs], **QUICK),
     ]
+    if ctx.go_on is not None:
+        asked = [ctx.go_on, ctx.chosen_data]
+        changes.append(ctx.go_on.change(ctx.guarded(continued), asked, [*widgets, *outputs], **QUICK))
     for change in changes:
         change.then(ctx.guarded(settled), [ui.form, ctx.chosen_data, *typed], outputs, **QUICK)
     ui.change.click(lambda: gr.Tabs(selected="data"), None, [ctx.tabs], **QUICK)

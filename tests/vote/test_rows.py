@@ -122,4 +122,4 @@ def test_other_rows_of_the_file_stay_and_a_changed_label_replaces(session, tmp_p
 
 def test_what_the_reference_is_is_said():
     text = rows.reference(Side("m", "one", "checkpoint-20", "/x"))
-    assert "goes on from the adapter of run one, step 20" in text and "not the base model" in text
+    assert "continues from the adapter of run one, step 20" in text and "not the base model" in text
