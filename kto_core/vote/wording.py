@@ -45,7 +45,7 @@ def left(found: Result) -> str:
 def facts(found: Result) -> list[tuple[str, str]]:
     """(name, value) of the numbers, for side ``a``."""
     c, low, high = found.counts, *found.interval
-    identical = f", {c.identical} identical answers that were not asked" if c.identical else ""
+    identical = f", {c.identical} not asked (identical answers)" if c.identical else ""
     lines = [
         ("Votes", f"{c.asked}: {c.wins} for, {c.losses} against, {c.ties} no difference, {c.bad} both bad{identical}")
     ]

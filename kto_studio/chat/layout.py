@@ -76,7 +76,7 @@ def settings_controls() -> list[gr.Component]:
 def chatbot(elem_id: str, label: str, visible: bool = True) -> gr.Chatbot:
     return gr.Chatbot(
         label=label,
-        height="calc(100dvh - 300px)",
+        height="calc(100dvh - 346px)",
         min_height=320,
         editable="user",
         buttons=["copy", "copy_all"],

@@ -15,7 +15,8 @@ from . import view
 
 INTRODUCTION = (
     '<p class="card-text">Two models answer the same prompts. You say which answer is better and do not see whose it '
-    "is: sides are drawn at random. System prompt and sampling are those of this tab.</p>"
+    "is: sides are drawn at random. Choose a run under Model and press Start voting. System prompt and "
+    "sampling are those of this tab.</p>"
 )
 KEYS = '<p class="card-text">Keys: ← left, → right, ↓ no difference.</p>'
 SOURCES = (("Held-out rows", "held_out"), ("Dataset", "data"), ("Typed", "typed"))
