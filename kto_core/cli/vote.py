@@ -95,6 +95,7 @@ def _show_result(session: Session) -> None:
 
     found, s = wording.judged(session), session.settings
     lines = [("Vote", session.id), ("For", s.a.name), ("Against", s.b.name), *wording.facts(found)]
+    lines += [("Note", text) for text in session.remarks]
     output.show("\n".join(f"{name:<9} {value}" for name, value in lines))
     for text in (wording.sentence(found, s.a, s.b), wording.left(found), wording.RULE):
         if text:
@@ -132,9 +133,10 @@ def _vote(args: argparse.Namespace) -> int:
     a, b = sides.both(args.what, args.against, checkpoint=args.checkpoint)
     chosen = sampling(args)
     session = None if args.new else folder.resume(a, b, chosen, args.system)
-    prompts = _prompts(args, a, b)
+    prompts, remarks = _prompts(args, a, b)
     if session is None:
         session = folder.create(a, b, chosen, args.system, args.seed)
+    session.add_remarks(remarks)
     if prompts and not session.add_prompts(prompts, args.n) and not session.unanswered() and not session.waiting():
         output.say("All of these prompts were voted on already. Give others, or start a new vote with --new.")
     loaded: list[Chat] = []
@@ -155,8 +157,8 @@ def _vote(args: argparse.Namespace) -> int:
     return output.OK
 
 
-def _prompts(args: argparse.Namespace, a, b) -> list:
-    """Prompts of the file or of the held-out rows; none if they are typed."""
+def _prompts(args: argparse.Namespace, a, b) -> tuple[list, list[str]]:
+    """Prompts of the file or of the held-out rows, and remarks; none if they are typed."""
     from kto_core.vote import prompts
 
     from .follow import Interrupts
@@ -164,13 +166,10 @@ def _prompts(args: argparse.Namespace, a, b) -> list:
     seed = args.seed or 0
     with Interrupts() as interrupts, output.Bar() as bar:
         if args.prompts:
-            return prompts.of_file(args.prompts, seed, bar, interrupts.cancel)
+            return prompts.of_file(args.prompts, seed, bar, interrupts.cancel), []
         if args.held_out:
-            found, remarks = prompts.of_held_out(a, b, seed, bar, interrupts.cancel)
-            for remark in remarks:
-                output.say(remark)
-            return found
-    return []
+            return prompts.of_held_out(a, b, seed, bar, interrupts.cancel)
+    return [], []
 
 
 def _ask(session: Session, supply: Ahead, typed: bool) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 from kto_core import jobs
 from kto_core.chat.chat import Chat
 from kto_core.data.records import thoughts
-from kto_core.errors import Cancelled
 from kto_core.jobs import Progress, check_cancel, no_progress
 
 from .entries import Answer, Messages
@@ -118,6 +117,3 @@ class Ahead:
         if self.job is not None and self.job.running:
             self.job.cancel()
             self.job.wait(20)
-
-
-__all__ = ["Ahead", "Cancelled", "beside", "fill", "load", "make_pair", "target"]

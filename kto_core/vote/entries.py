@@ -1,7 +1,7 @@
 """A line of a vote's file -> what it means. Whatever a line is, it is used or refused with ValueError, never half used.
 
-Kinds, in the order in which they come: ``session`` (once, the first line), ``prompt``, ``pair`` (both answers to a
-prompt), ``edit`` (a better answer that somebody wrote), ``vote``.
+Kinds, in the order in which they come: ``session`` (once, the first line), ``remark`` (what a reader of the result must
+know), ``prompt``, ``pair`` (both answers to a prompt), ``edit`` (a better answer that somebody wrote), ``vote``.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kto_core.data.records import thoughts
+from kto_core.plain_text import one_line
 
 from .sides import KEYS, Side
 
@@ -104,6 +105,11 @@ def settings_of(line: dict[str, Any]) -> Settings:
 def prompt_of(line: dict[str, Any]) -> tuple[int, Messages]:
     """Its number and messages. Raises ValueError."""
     return _whole(line.get("number")), _messages(line.get("messages"))
+
+
+def remark_of(line: dict[str, Any]) -> str:
+    """Raises ValueError."""
+    return one_line(_text(line.get("text")), 1000)
 
 
 def pair_of(line: dict[str, Any]) -> Pair:

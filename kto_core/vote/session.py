@@ -58,6 +58,7 @@ class Session:
     def __init__(self, path: Path, settings: Settings):
         self.path, self.settings = path, settings
         self.skipped = 0  # lines that cannot be read
+        self.remarks: list[str] = []  # what a reader of the result must know
         self._prompts: dict[int, Messages] = {}
         self._pairs: dict[int, Pair] = {}
         self._offset = 0
@@ -79,7 +80,7 @@ class Session:
             if stamp == self._stamp:
                 return self
             if stamp[1] < self._offset:  # another file
-                self._prompts, self._pairs, self._offset, self.skipped = {}, {}, 0, 0
+                self._prompts, self._pairs, self.remarks, self._offset, self.skipped = {}, {}, [], 0, 0
             try:
                 for line, offset in lines(self.path, self._offset, stamp[1]):
                     self._fold(line)
@@ -96,6 +97,8 @@ class Session:
             if kind == "prompt":
                 number, messages = entries.prompt_of(found)
                 self._prompts.setdefault(number, messages)
+            elif kind == "remark":
+                self.remarks += [text] if (text := entries.remark_of(found)) not in self.remarks else []
             elif kind == "pair":
                 pair = entries.pair_of(found)
                 self._pairs.setdefault(pair.number, pair)
@@ -172,6 +175,12 @@ class Session:
             if new:
                 self._append(new)
             return len(new)
+
+    def add_remarks(self, remarks: Iterable[str]) -> None:
+        """Keep what a reader of the result must know. Raises DiskError."""
+        with self._writing():
+            new = [text for text in remarks if text not in self.remarks]
+            self._append([{"kind": "remark", "text": text, "t": now()} for text in new])
 
     def _with_system(self, messages: Messages) -> Messages:
         system = self.settings.system.strip()

@@ -79,6 +79,7 @@ def to_dict(session: Session) -> dict[str, Any]:
         "verdict": found.word,
         "votes_more": found.more,
         "sentence": sentence(found, s.a, s.b),
+        "remarks": session.remarks,
         "prompts_left": len(session.unanswered()) + session.waiting(),
         "skipped_lines": session.skipped,
     }

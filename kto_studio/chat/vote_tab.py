@@ -75,7 +75,7 @@ def _screen(session: Session | None, job: Job | None, markdown: bool, number: fl
         fold,
         vote_view.progress(session),
         vote_view.result(session),
-        gr.update(open=False) if shown or busy else gr.update(open=True),
+        gr.skip() if shown and number > 0 else gr.update(open=not (shown or busy)),  # not while somebody uses it
         gr.update(open=True) if done else gr.skip(),
         gr.update(visible=busy and shown is None),
         gr.update(visible=vote_view.idle(session, job)),

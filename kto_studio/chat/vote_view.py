@@ -15,8 +15,8 @@ from . import view
 
 INTRODUCTION = (
     '<p class="card-text">Two models answer the same prompts. You say which answer is better and do not see whose it '
-    "is: sides are drawn at random. Choose a run under Model and press Start voting. System prompt and "
-    "sampling are those of this tab.</p>"
+    "is: sides are drawn at random. Choose a run under Model and press Start voting. Both answer with the "
+    "settings of this tab.</p>"
 )
 KEYS = '<p class="card-text">Keys: ← left, → right, ↓ no difference.</p>'
 SOURCES = (("Held-out rows", "held_out"), ("Dataset", "data"), ("Typed", "typed"))
@@ -101,6 +101,7 @@ def _sentence(found: Result, session: Session) -> str:
 def _numbers(found: Result, session: Session) -> str:
     s = session.settings
     lines = [("For", s.a.name), ("Against", s.b.name), *wording.facts(found)]
+    lines += [("Note", text) for text in session.remarks]
     rows = "".join(f'<tr><th scope="row">{html.escape(n)}</th><td>{html.escape(t)}</td></tr>' for n, t in lines)
     return f'<div class="report"><table><tbody>{rows}</tbody></table></div>'
 

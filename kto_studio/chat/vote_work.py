@@ -104,4 +104,6 @@ def _prompts(session: Session, source: str, data_id: str, progress: Progress, ca
         loaded = data_sources.load(data_id, progress, cancel)
         return prompts.of_rows(loaded.rows, s.seed, data_sources.name(data_id), cancel)
     progress(None, "Reading the held-out rows…")
-    return prompts.of_held_out(s.a, s.b, s.seed, progress, cancel)[0]
+    found, remarks = prompts.of_held_out(s.a, s.b, s.seed, progress, cancel)
+    session.add_remarks(remarks)
+    return found

@@ -177,6 +177,14 @@ def test_a_prompt_is_asked_once_and_has_the_system_prompt(sides):
     assert session.add_prompts(more, 4) == 4 and session.add_prompts(more, 4) == 4 and session.add_prompts(more, 4) == 1
 
 
+def test_remarks_are_kept_once(session):
+    session.add_remarks(["This is not known."])
+    session.add_remarks(["This is not known.", "Nor this\x1b[2J."])
+    session.add_remarks([])
+    forget()
+    assert folder.find(session.id).remarks == ["This is not known.", "Nor this\\x1b[2J."]
+
+
 def test_a_vote_goes_on_only_with_the_same_settings(session, sides):
     assert folder.resume(*sides) is session
     assert folder.resume(*sides, {"temperature": 0.1}) is None and folder.resume(*sides, {}, "Be brief.") is None
