@@ -14,13 +14,15 @@ document.addEventListener('keydown', event => {
   button.click();
 });
 
-const kinds = () => document.querySelectorAll('#chat-kind input[type=radio]');
-const restore = () => {
-  const radios = kinds();
-  if (!radios.length) return setTimeout(restore, 100);
-  for (const radio of radios) {
-    if (radio.value === localStorage.getItem(KEPT) && !radio.checked) radio.click();
-    radio.addEventListener('change', () => localStorage.setItem(KEPT, radio.value));
-  }
-};
-restore();
+// ---- Chat or blind vote, as it was before a reload: Gradio may still undo a press while it fills the page
+document.addEventListener('change', event => {
+  if (event.target.closest?.('#chat-kind')) localStorage.setItem(KEPT, event.target.value);
+});
+let settled = 0;
+const restoring = setInterval(() => {
+  const wanted = [...document.querySelectorAll('#chat-kind input')].find(r => r.value === localStorage.getItem(KEPT));
+  if (!localStorage.getItem(KEPT) || settled > 12) return clearInterval(restoring);
+  if (!wanted) return;
+  settled = wanted.checked ? settled + 1 : 0;
+  if (!wanted.checked) wanted.click();
+}, 250);
