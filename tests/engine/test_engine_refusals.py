@@ -75,7 +75,7 @@ def test_available(architecture):
     "model_type, settings, word",
     [
         ("doge", {"num_experts": 4}, "mixture of experts of a kind"),
-        ("qwen3_next", {}, "linear attention"),
+        ("kimi_linear", {}, "linear attention"),
         ("mamba", {}, "linear attention"),
         ("t5", {}, "encoder-decoder"),
         ("gpt2", {}, "rotary"),
