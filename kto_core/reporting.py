@@ -32,7 +32,8 @@ def check(config: RunConfig) -> None:
     name = config.report_to
     if name == "none":
         return
-    if importlib.util.find_spec(name) is None:
+    packages = (name, "tensorboardX") if name == "tensorboard" else (name,)
+    if not any(map(importlib.util.find_spec, packages)):
         raise ConfigError(
             f"report_to: {TITLES[name]} is not installed. Run `pip install {name}`, or set report_to to none."
         )
