@@ -171,6 +171,7 @@ def summary(r, known=None) -> dict:
 
 
 def run_show(args: argparse.Namespace) -> int:
+    from kto_core.health import reading
     from kto_core.runs import folders
 
     r = folders.find(args.name)
@@ -186,6 +187,7 @@ def run_show(args: argparse.Namespace) -> int:
         "skipped_events": state.skipped,
         "message": state.message,
         "metrics": state.metrics[-1] if state.metrics else {},
+        "health": [finding.to_dict() for finding in reading.of_run(r)],
         "checkpoints": [str(p) for p in r.checkpoints()],
     }
     if args.json:
@@ -207,6 +209,7 @@ def run_show(args: argparse.Namespace) -> int:
         for k, v in shown["metrics"].items()
         if isinstance(v, int | float) and k not in ("t", "step")
     ]
+    lines += [f"health   {found['sentence']} {found['change']}" for found in shown["health"]]
     width = max(len(k) for k in shown["config"])
     lines += [f"{k.ljust(width)}  {v}  [{resolved.origins.get(k, 'default')}]" for k, v in shown["config"].items()]
     output.show("\n".join(output.one_line(line) for line in lines))

@@ -168,7 +168,7 @@ class RunConfig(BaseModel):
     # LoRA
     r: int = _field(64, "LoRA rank. A higher rank can learn more and needs more memory.", group="LoRA", ge=1, le=1024)
     lora_alpha: int = _field(128, "LoRA scaling: the adapter is multiplied by alpha / r.", group="LoRA", ge=1, le=8192)
-    lora_dropout: float = _field(0.0, "Dropout in the adapter's layers.", group="LoRA", ge=0, lt=1)
+    lora_dropout: float = _field(0.0, "No effect: dropout is off with every engine.", group="LoRA", ge=0, lt=1)
     target_modules: Literal["all-linear"] | Names = _field(
         "all-linear",
         "Modules that get a LoRA adapter, separated by commas. all-linear: all linear layers of the language model.",
@@ -216,11 +216,12 @@ class RunConfig(BaseModel):
     save_total_limit: int = _field(
         2, "Number of checkpoints to keep. Older ones are deleted.", group="Logging and checkpoints", ge=1
     )
-    report_to: Literal["none", "wandb"] = _field(
-        "none", "Also log to Weights & Biases.", "--wandb", group="Logging and checkpoints"
-    )
+    report_to: Literal["none", "wandb", "tensorboard", "trackio"] = _field(
+        "none", "Also log to Weights & Biases, TensorBoard (files in the run's folder) or Trackio (on this machine).",
+        "--wandb", group="Logging and checkpoints",
+    )  # fmt: skip
     wandb_project: str = _field(
-        "kto-studio", "Weights & Biases project.", group="Logging and checkpoints", min_length=1
+        "kto-studio", "Weights & Biases or Trackio project.", group="Logging and checkpoints", min_length=1
     )
 
     @property

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import netrc
 import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kto_core import reporting
 from kto_core.errors import ConfigError, DiskError, HardwareError, KTOError, ModelError
 
 if TYPE_CHECKING:
@@ -23,7 +23,10 @@ RESERVE = 200 * 2**20  # bytes left free for logs and everybody else
 
 
 def check_libraries(config: RunConfig, cards: Sequence[Device] | None = None) -> None:
-    """W&B and Unsloth, if they are asked for. ``cards``: the GPUs to check for; None: those of this machine.
+    """What ``report_to`` names, and Unsloth, if they are asked for.
+
+    Args:
+        cards: the GPUs to check for; None: those of this machine.
 
     Raises:
         ConfigError: a package or a key is missing.
@@ -31,13 +34,7 @@ def check_libraries(config: RunConfig, cards: Sequence[Device] | None = None) ->
     """
     from kto_core.hardware.gpus import devices
 
-    if config.report_to == "wandb":
-        if importlib.util.find_spec("wandb") is None:
-            raise ConfigError(
-                "report_to: Weights & Biases is not installed. Run `pip install wandb`, or set report_to to none."
-            )
-        if not _wandb_key() and os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
-            raise ConfigError("report_to: Weights & Biases has no key. Run `wandb login`, or set WANDB_API_KEY.")
+    reporting.check(config)
     if config.engine == "unsloth":
         if not (devices() if cards is None else cards):
             raise HardwareError("Unsloth needs an NVIDIA GPU, and there is none. Choose engine `auto` or `trl`.")
@@ -49,15 +46,6 @@ def check_libraries(config: RunConfig, cards: Sequence[Device] | None = None) ->
             raise ConfigError(
                 "adapter: continuing from an adapter does not work with Unsloth. Choose engine `auto` or `trl`."
             )
-
-
-def _wandb_key() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        return netrc.netrc().authenticators("api.wandb.ai") is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
 
 
 def check_hardware(config: RunConfig, facts: ModelFacts, cards: Sequence[Device] | None = None) -> None:

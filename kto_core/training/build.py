@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from kto_core import reporting
 from kto_core.engine.reference import PHASE
 from kto_core.errors import Cancelled, NotServed
+from kto_core.health.about import About
+from kto_core.health.watching import HealthWatch
 from kto_core.models import facts as model_info
 from kto_core.planning.choices import Decision, decide, decide_for_trl, used
 from kto_core.planning.rate import by_rule
 from kto_core.runs import checkpoints, ranks
+from kto_core.runs.events import RunState
 
 from .context import RunContext
 
@@ -115,8 +118,6 @@ def _arguments(run: RunContext, decision: Decision):
     """TRL's KTOConfig for the run."""
     from .trainer import arguments
 
-    if run.config.report_to == "wandb":
-        os.environ["WANDB_PROJECT"] = run.config.wandb_project
     return arguments(
         run.config,
         run.run_dir / "checkpoints",
@@ -174,28 +175,28 @@ def _reference_progress(run: RunContext) -> Callable[[int], None]:
     return scored
 
 
-def connect_callback(trainer, run: RunContext, checkpoint: Path | None, earlier: bool) -> None:
-    """Our callback, and nothing that prints. ``earlier``: steps were made before, of which ``checkpoint`` is left."""
+def connect_callback(trainer, run: RunContext, checkpoint: Path | None, before: RunState) -> None:
+    """Our callback, and nothing that prints. ``before``: what the events said before this start."""
     from transformers import PrinterCallback
 
     from .callbacks import RunFacts, run_callback
 
     config, data = run.config, run.data
-    desirable = sum(data.labels) / len(data.labels)
     facts = RunFacts(
-        learning_rate=trainer.args.learning_rate,
         batch=config.per_device_train_batch_size * config.gradient_accumulation_steps * trainer.args.world_size,
-        micro_batch=config.per_device_train_batch_size,
-        labels=data.labels,
         mean_tokens=sum(data.lengths) / len(data.lengths),
         beta=config.beta,
-        mean_weight=desirable * config.desirable_weight + (1 - desirable) * config.undesirable_weight,
         # 0 where steps were made and lost: they come again, and their old metrics go
-        resumed_from=checkpoints.step_of(checkpoint) if checkpoint else (0 if earlier else None),
+        resumed_from=checkpoints.step_of(checkpoint) if checkpoint else (0 if before.metrics.total else None),
     )
+    good = sum(data.labels)
+    counts = {"desirable": good, "undesirable": len(data.labels) - good}
+    about = About.of(config, {"train": counts, "report": data.report}, trainer.args.learning_rate)
+    health = HealthWatch(about, before)
     restore = (lambda: trainer.restore_meters(checkpoint)) if checkpoint else None
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(run_callback(run.events, run.watch, facts, restore=restore))
+    reporting.into(trainer, run.run_dir)
+    trainer.add_callback(run_callback(run.events, run.watch, facts, health, restore=restore))
 
 
 def find_rate(built: Built, run: RunContext, earlier: dict[str, Any]) -> float:

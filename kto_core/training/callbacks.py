@@ -1,4 +1,4 @@
-"""What happens beside the training steps: metrics to the event log, an answer to a stop, what a stuck loss means."""
+"""What happens beside the training steps: metrics to the event log, an answer to a stop, what the numbers mean."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kto_core.errors import NotFinite
+from kto_core.health.about import Finding
+from kto_core.health.watching import HealthWatch
 from kto_core.runs.events import EventLog
 from kto_core.runs.stopping import AT_ONCE, StopNow, StopWatch
 
@@ -27,16 +29,11 @@ class RunFacts:
     """What the callback knows of a run.
 
     Attributes:
-        learning_rate: the peak. batch, micro_batch: rows. labels: of the planned rows, in order. mean_tokens: a row.
-        mean_weight: of a row in the loss. resumed_from: step, or None.
+        batch: rows of a step. mean_tokens: of a row. resumed_from: step, or None.
     """
 
-    learning_rate: float
     batch: int
-    micro_batch: int
-    labels: list[bool]
     mean_tokens: float
-    mean_weight: float
     beta: float = 0.1
     resumed_from: int | None = None
 
@@ -48,12 +45,20 @@ class RunCallback:
         events: the run's log (of the main process only).
         watch: the stop file's watcher.
         facts: of the run.
+        health: looks at what is logged.
         restore: called when training begins, to go on with averages that were begun before a checkpoint.
     """
 
-    def __init__(self, events: EventLog, watch: StopWatch, facts: RunFacts, restore: Callable[[], None] | None = None):
-        self.events, self.watch, self.facts, self.restore = events, watch, facts, restore
-        self.stuck, self.movement = StuckLoss(facts), Movement(facts.beta)
+    def __init__(
+        self,
+        events: EventLog,
+        watch: StopWatch,
+        facts: RunFacts,
+        health: HealthWatch,
+        restore: Callable[[], None] | None = None,
+    ):
+        self.events, self.watch, self.facts, self.health, self.restore = events, watch, facts, health, restore
+        self.movement = Movement(facts.beta, health.about.higher())
 
     def on_train_begin(self, args, state, control, **_):
         if self.restore:
@@ -66,7 +71,7 @@ class RunCallback:
         if state.global_step:
             fields["message"] = f"Resuming after step {state.global_step:,} of {state.max_steps:,}."
         if not self.watch.asked.is_set():
-            self.events.status("training", **fields)
+            self.health.look(self.events.status("training", **fields))
 
     def on_substep_end(self, args, state, control, **_):
         if self.watch.now.is_set():
@@ -93,12 +98,20 @@ class RunCallback:
         values = {k: _plain(v) for k, v in logs.items()}
         if "loss" in logs:
             values |= self._speed(state, logs)
-            if text := self.stuck.look(state.global_step, logs):
-                self.events.log(text, "warning")
             if self.facts.resumed_from is None and (schedule := getattr(lr_scheduler, "lr_lambdas", None)):
                 for text, level in self.movement.look(state.global_step, state.max_steps, logs, schedule[0]):
                     self.events.log(text, level)
-        self.events.metric(state.global_step, **values)
+                    if level == "warning":
+                        self.health.said.add("little")
+        self._say(self.health.look(self.events.metric(state.global_step, **values)))
+
+    def on_train_end(self, args, state, control, **_):
+        if state.is_world_process_zero:
+            self._say(self.health.look(last=True))
+
+    def _say(self, found: list[Finding]) -> None:
+        for finding in found:
+            self.events.log(f"Health after step {self.health.state.step:,}: {finding.text}", finding.level)
 
     def _speed(self, state, logs: dict) -> dict:
         """tokens and examples a second since the last log, seconds left, GiB reserved on the GPU."""
@@ -140,42 +153,16 @@ def gpu_memory() -> float | None:
 
 
 def not_finite(step: int) -> NotFinite:
+    """The error of a loss that is no number. Nothing was changed before the first step's loss: the rate is not why."""
+    if step <= 1:
+        return NotFinite(
+            "The loss was NaN at the first step, before anything was changed, so it is not the learning rate. Fetch "
+            "the model's weights again or choose another model; with dtype float16, choose bfloat16 or float32."
+        )
     return NotFinite(
         f"The loss became NaN at step {step}. Lower the learning rate, raise beta, or use dtype bfloat16 or float32 "
         "instead of float16. Checkpoints before this step are kept."
     )
-
-
-class StuckLoss:
-    """A KTO loss that stays at half the mean weight means that nothing moves; says once why that may be."""
-
-    STEPS, BAND = 20, 0.005
-
-    def __init__(self, facts: RunFacts):
-        self.facts, self.said = facts, False
-        self.losses: list[bool] = []
-        self.margins: list[float] = []
-
-    def look(self, step: int, logs: dict) -> str:
-        """The sentence when it is time for it, else ""."""
-        rest = 0.5 * self.facts.mean_weight
-        self.losses.append(abs(logs["loss"] - rest) <= self.BAND)
-        self.margins.append(abs(logs.get("rewards/margins") or 0.0))
-        steps = step - (self.facts.resumed_from or 0)
-        if self.said or steps < self.STEPS or len(self.losses) < 3 or not all(self.losses):
-            return ""
-        self.said = True
-        reasons, rate = [], self.facts.learning_rate
-        if rate < 1e-6:
-            reasons.append(f"the learning rate {rate:g} is very low for LoRA; set it to auto")
-        pure = pure_share(self.facts.labels, self.facts.micro_batch)
-        if pure > 0.5:
-            reasons.append(f"{pure:.0%} of the batches contain only one label, so there is no contrast to learn from")
-        if max(self.margins) < 1e-4:
-            reasons.append(f"the reward margin is {max(self.margins):.1e}: the adapter has barely changed")
-        if not reasons:
-            reasons.append("good and bad answers may not differ in a way this model can learn")
-        return f"After {steps} steps the loss is still {rest:.3g}, its starting value: {'; '.join(reasons)}."
 
 
 class Movement:
@@ -184,8 +171,8 @@ class Movement:
     STEPS = 3
     LITTLE = 0.5  # nats an answer, of which nobody sees anything
 
-    def __init__(self, beta: float):
-        self.beta, self.said, self.last, self.noise = beta, False, 0, 0.0
+    def __init__(self, beta: float, advice: str = "Raise learning_rate, or set it to auto"):
+        self.beta, self.advice, self.said, self.last, self.noise = beta, advice, False, 0, 0.0
 
     def look(self, step: int, total: int, logs: dict, schedule: Callable[[int], float]) -> list[tuple[str, str]]:
         """The sentence and its level when it is time for it.
@@ -214,13 +201,7 @@ class Movement:
         text = f"After {step} steps an answer has moved by {moved:.2g} nats. After {total:,} it will be {far}"
         if end >= self.LITTLE:
             return [(f"{text}, or less where it levels off.", "info")]
-        return [(f"{text}, which is almost nothing. Raise learning_rate, or set it to auto.", "warning")]
-
-
-def pure_share(labels: list[bool], batch: int) -> float:
-    """Share of consecutive batches of ``batch`` rows that hold one label only."""
-    groups = [labels[i : i + batch] for i in range(0, len(labels), batch)]
-    return sum(len(set(g)) == 1 for g in groups) / len(groups) if groups else 0.0
+        return [(f"{text}, which is almost nothing. {self.advice}.", "warning")]
 
 
 def _plain(value):

@@ -13,7 +13,8 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kto_core import files
+from kto_core import files, reporting
+from kto_core.config.remarks import remarks
 from kto_core.errors import Cancelled, DataError, HardwareError, KTOError
 from kto_core.hardware import out_of_memory
 from kto_core.jobs import duration
@@ -190,7 +191,7 @@ def _train(config: RunConfig, run_dir: Path, events: EventLog, watch: StopWatch)
         events.log(sentence, "warning")
     if main:
         write_dataset_json(data, config, run_dir, resuming=checkpoint is not None)
-    for sentence in [*data.remarks, data.summary]:
+    for sentence in [*remarks(config), *data.remarks, data.summary]:
         events.log(sentence)
     checks.check_disk(config, facts, run_dir, config.steps(len(data.train_rows)))
 
@@ -200,7 +201,7 @@ def _train(config: RunConfig, run_dir: Path, events: EventLog, watch: StopWatch)
         trainer = built.trainer
         trainer.args.learning_rate = rate = find_rate(built, run, before.used if checkpoint else {})
         events.append("used", **built.used, learning_rate=rate)
-        connect_callback(trainer, run, checkpoint, earlier=before.metrics.total > 0)
+        connect_callback(trainer, run, checkpoint, before)
         watch.check()
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         return _finish(trainer, run), data
@@ -236,12 +237,11 @@ def _finish(trainer, run: RunContext) -> dict:
 
 
 def give_back() -> None:
-    """After a training, good or bad: no cached memory, no open W&B run, no state of libraries for the next one."""
+    """After a training, good or bad: no cached memory, no open run of a tracker, no state of libraries for the next."""
 
     from kto_core.models.load import free_memory
 
-    if (wandb := sys.modules.get("wandb")) is not None and getattr(wandb, "run", None) is not None:
-        wandb.finish()
+    reporting.finish()
     if (state := sys.modules.get("accelerate.state")) is not None:
         state.AcceleratorState._reset_state(reset_partial_state=True)
     if (optimizers := sys.modules.get("bitsandbytes.optim")) is not None:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kto_core import files
+from kto_core import files, reporting
 from kto_core.errors import DiskError
 from kto_core.hardware import out_of_memory
 from kto_core.models.tokenizer import save_tokenizer
@@ -328,11 +328,11 @@ def arguments(
         save_strategy="steps",
         save_steps=config.save_steps,
         save_total_limit=config.save_total_limit,
-        report_to=[] if config.report_to == "none" else [config.report_to],
         run_name=config.run_name or folder.parent.name,
         remove_unused_columns=False,
         dataloader_pin_memory=gpu,
         disable_tqdm=True,
+        **reporting.arguments(config),
     )
     if "LOCAL_RANK" not in os.environ:
         args._n_gpu = min(1, args.n_gpu)  # one process uses one card, however many there are

@@ -19,7 +19,7 @@ from kto_studio.shared.context import DIRECT, QUICK, Context, quiet
 from kto_studio.shared.marks import mark
 from kto_studio.shared.prose import note
 
-from . import curves_view, rate_view, verdict_view
+from . import curves_view, health_view, rate_view, verdict_view
 
 RUNNING = ("preparing", "training", "stopping")
 
@@ -91,6 +91,7 @@ def build(ctx: Context) -> Shown:
     verdict = verdict_view.build()
     rate = rate_view.build()
     plots, zoom = curves.component("train-plots"), gr.State(None)  # {"run", "range"}: of another run it says nothing
+    health = health_view.build()
     with gr.Column(visible=False, elem_classes="card", elem_id="train-log") as log:
         with gr.Row(equal_height=True):
             gr.HTML("<h2>Log</h2>", elem_classes="panel-head")
@@ -110,6 +111,7 @@ def build(ctx: Context) -> Shown:
         _part(verdict, verdict_view.key, verdict_view.values),
         _part(rate, rate_view.key, rate_view.values),
         _part([plots], curves_view.key, curves_view.values, [zoom]),
+        _part(health, health_view.key, health_view.values),
         _part([logs], _lines_known, _lines),
     ])  # fmt: skip
     buttons = {"stop": stop, "resume": resume, "chat": chat, "export": export, "other": other}

@@ -226,6 +226,22 @@ def test_remarks_on_two_weights():
     assert "0.65" in remark
 
 
+@pytest.mark.parametrize(
+    ("without_effect", "with_effect"),
+    [
+        ({"lora_dropout": 0.1}, {"lora_dropout": 0}),
+        ({"lora_dropout": 0.1, "engine": "packed"}, {"engine": "packed"}),
+        ({"warmup_ratio": 0.3, "lr_scheduler_type": "constant"}, {"warmup_ratio": 0.3}),
+        ({"kl_group": "microbatch", "loss_type": "apo_zero_unpaired"}, {"kl_group": "microbatch"}),
+        ({"wandb_project": "x", "report_to": "tensorboard"}, {"wandb_project": "x", "report_to": "trackio"}),
+    ],
+)
+def test_a_setting_without_effect_is_named(without_effect, with_effect):
+    (remark,) = remarks(C.resolve("demo", without_effect).config)
+    assert remark.startswith(next(iter(without_effect))) and "no effect" in remark
+    assert not remarks(C.resolve("demo", with_effect).config)
+
+
 def test_round_trip_is_exact(tmp_path):
     r = C.resolve(
         "7b",

@@ -6,7 +6,6 @@ import json
 import shutil
 import threading
 import time
-from dataclasses import replace
 
 import pytest
 
@@ -181,7 +180,8 @@ def test_not_a_number_ends_the_run(tiny, data, tmp_path):
     tensors["model.norm.weight"][0] = float("nan")
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     ended = run(broken, data, tmp_path / "run", max_steps=3)
-    assert ended.state == "failed" and "became NaN" in ended.error and "learning rate" in ended.error
+    assert ended.state == "failed" and "NaN at the first step" in ended.error
+    assert "not the learning rate" in ended.error and "weights" in ended.error
     assert not (tmp_path / "run" / "adapter").exists()
 
 
@@ -256,15 +256,22 @@ def test_a_long_run_keeps_its_checkpoints_light(tiny, data, tmp_path, monkeypatc
     assert len(json.loads(saved.read_text())["log_history"]) <= 3 + 1
 
 
-def test_stuck_loss_is_explained_once():
-    from kto_core.training.callbacks import RunFacts, StuckLoss
+@pytest.mark.parametrize(
+    ("rate", "kind", "words"), [(1e-9, "little", "almost nothing"), (0.05, "worse", "from before training")]
+)
+def test_a_run_says_what_its_rate_did(tiny, data, tmp_path, rate, kind, words):
+    from kto_core.health.about import About
+    from kto_core.health.rules import findings
 
-    facts = RunFacts(5e-7, 4, 4, [True] * 20 + [False] * 20, mean_tokens=9.0, mean_weight=1.0)
-    stuck = StuckLoss(facts)
-    said = [stuck.look(step, {"loss": 0.5001, "rewards/margins": 1e-6}) for step in range(1, 40)]
-    assert not any(said[:19]) and sum(map(bool, said)) == 1
-    text = said[19]
-    assert "5e-07" in text and "100% of the batches contain only one label" in text and "barely changed" in text
+    settings = {"max_steps": 12, "learning_rate": rate, "test_size": 0.2}
+    ended = run(tiny, data, tmp_path, **settings)
+    found = {f.kind: f for f in findings(ended, About.of(resolved(tiny, data, **settings).config, {}))}
+    assert words in found[kind].sentence and "set it to auto" in found[kind].change
+    said = [e["text"] for e in ended.logs if e["level"] == "warning" and words in e["text"]]
+    assert len(said) == 1, "once in the log, by the first steps or by the rules"
 
-    moving = StuckLoss(replace(facts, learning_rate=1e-4))
-    assert not any(moving.look(s, {"loss": 0.5 - 0.001 * s}) for s in range(1, 40))
+
+def test_a_loss_that_is_nan_at_once_is_not_the_rates_fault():
+    from kto_core.training.callbacks import not_finite
+
+    assert "not the learning rate" in str(not_finite(1)) and "Lower the learning rate" in str(not_finite(2))
