@@ -176,3 +176,18 @@ def test_a_rate_is_chosen_or_typed_and_its_trials_are_shown(page, runs_dir):
     page.locator("#train-rate-table tr.mine").get_by_text("2.9e-4").wait_for()
     browser.until(lambda: drawn(page, "rate"))
     folders.delete(run)
+
+
+def test_what_the_numbers_mean_stands_under_the_plots(page, runs_dir):
+    run = folders.create(resolving.resolve("demo", {"data": "x.jsonl", "learning_rate": 0.01}))
+    log = EventLog(run.path / "events.jsonl")
+    log.status("training", total_steps=20)
+    for step in range(1, 21):
+        log.metric(step, loss=0.4, kl=0.0, **{"rewards/chosen": -step, "rewards/rejected": -1.2 * step})
+    log.status("finished")
+    page.locator(".run-id", has_text=run.id).wait_for()
+    line = page.locator("#train-health [data-kind=large]")
+    line.get_by_text("it drifts").wait_for()
+    plots, health = page.locator("#train-plots").bounding_box(), page.locator("#train-health").bounding_box()
+    assert health["y"] >= plots["y"] + plots["height"] - 1
+    folders.delete(run)
