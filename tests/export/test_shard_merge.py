@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from kto_core.errors import ExportError, KTOError, ModelError
-from kto_core.export import merging
+from kto_core import files
+from kto_core.errors import Cancelled, ExportError, KTOError, ModelError
+from kto_core.export import export, merging
 from kto_core.export.merge import plan, shards, tensor_files
+from kto_core.guards import child
 from kto_core.models.model_gate import tensors_of
 from tests.support import oracle
+from tests.support.exporting import left_behind
 from tests.support.mixtures import make_mixture
 from tests.support.training import make_wrapper
 
@@ -253,3 +256,48 @@ def test_written_files_are_what_safetensors_reads(tmp_path):
     with pytest.raises(ValueError, match="bytes instead of"):
         tensor_files.write(tmp_path / "y.safetensors", entries, lambda e: given["odd"])
     assert not list(tmp_path.glob("y*"))
+
+
+def test_an_export_keeps_what_a_killed_child_finished(run, monkeypatch):
+    """And nothing of another adapter; a cancelled one leaves nothing."""
+    exports = run.path / "exports"
+    write, made, there = tensor_files.write, [], []
+
+    def killed(path, entries, tensor):
+        if len(made) == 2:
+            path.with_name(path.name + ".part").write_bytes(b"half")
+            raise KeyboardInterrupt
+        made.append(path.name)
+        return write(path, entries, tensor)
+
+    def in_process(module, function, arguments, **_):
+        there[:] = sorted(p.name for p in Path(arguments["part"]).iterdir())
+        try:
+            return merging.merge(**arguments)
+        except KeyboardInterrupt:
+            raise child.ChildFailed(child.Ended(-9, ""), "The merge") from None
+
+    monkeypatch.setattr(shards, "SHARD", 50_000)
+    monkeypatch.setattr(child, "call", in_process)
+    monkeypatch.setattr(tensor_files, "write", killed)
+    with pytest.raises(ExportError, match="memory ran out"):
+        export.merge(run)
+    first = exports / "merged.part" / made[0]
+    stamp = first.stat().st_mtime_ns
+    assert there == [] and {p.name for p in first.parent.iterdir()} == {*made, shards.STATE}
+    monkeypatch.setattr(tensor_files, "write", write)
+    folder = export.merge(run)
+    assert there == sorted([*made, shards.STATE]) and (folder / made[0]).stat().st_mtime_ns == stamp
+    assert not files.problem(folder) and not (folder / shards.STATE).exists() and not left_behind(run.path)
+
+    settings = run.adapter / "adapter_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"lora_alpha": 99}))
+    made.clear()
+    monkeypatch.setattr(tensor_files, "write", killed)
+    with pytest.raises(ExportError):
+        export.merge(run)
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"lora_alpha": 98}))
+    monkeypatch.setattr(tensor_files, "write", lambda *_: (_ for _ in ()).throw(Cancelled("Stopped.")))
+    with pytest.raises(Cancelled):
+        export.merge(run)
+    assert there == [] and not (exports / "merged.part").exists()

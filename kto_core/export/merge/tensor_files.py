@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 FLOATING = ("F64", "F32", "F16", "BF16")
-FRESH = 256 * 2**20  # bytes read from a file before it is opened anew: pages that were read count as this process's
+FRESH = 64 * 2**20  # bytes read from a file before it is opened anew: pages that were read count as this process's
 
 
 @dataclass(frozen=True)
