@@ -123,13 +123,14 @@ def move_into_place(part: Path, final: Path, *, sync: bool = False) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def clean(root: Path) -> None:
-    """Remove what a killed writer left; what was moved away, its successor not yet in its place, comes back."""
+def clean(root: Path, keep: Path | None = None) -> None:
+    """Remove what a killed writer left, but for ``keep``; what was moved away, its successor not yet in its place,
+    comes back."""
     for old in root.glob("*.old"):
         if (old / MANIFEST).is_file() and not old.with_suffix("").exists():
             os.replace(old, old.with_suffix(""))
     for folder in [*root.glob("*.part"), *root.glob("*.old")]:
-        if folder.is_dir():
+        if folder.is_dir() and folder != keep:
             shutil.rmtree(folder, ignore_errors=True)
 
 

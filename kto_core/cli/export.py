@@ -1,4 +1,4 @@
-"""``export merge|gguf|check|compare|push``."""
+"""``export merge|gguf|check|compare|serve|push``."""
 
 from __future__ import annotations
 
@@ -55,6 +55,7 @@ def add(commands: argparse._SubParsersAction, argv: list[str]) -> None:
     about = "size, agreement, KL divergence and speed of each GGUF file, and which one to take"
     compare = _action(actions, "compare", about, run_compare)
     compare.add_argument("--quant", type=_list(QUANTS), metavar="Q", help="create what is missing of these first")
+    _action(actions, "serve", "commands that serve what the run has exported", run_serve)
     push = _action(actions, "push", "upload to the Hugging Face Hub, private unless --public", run_push)
     push.add_argument("--repo", required=True, metavar="R", help="repository, owner/name")
     push.add_argument(
@@ -96,6 +97,19 @@ def run_merge(args: argparse.Namespace) -> int:
     folder = _long(export.merge, _found(args.name))
     output.emit({"merged": str(folder)}) if args.json else output.show(str(folder))
     output.say(f"To serve it: vllm serve {folder}")
+    return output.OK
+
+
+def run_serve(args: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from kto_core.export import serving
+
+    found = serving.commands(_found(args.name))
+    if args.json:
+        output.emit({"commands": [asdict(c) for c in found]})
+    else:
+        output.show("\n\n".join(f"# {c.program}: {c.what}\n{c.text}" for c in found))
     return output.OK
 
 

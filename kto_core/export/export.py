@@ -27,7 +27,8 @@ from .checks import require_disk, require_memory
 from .gguf import comparing, header, proof, writing
 from .gguf import converter as converters
 from .hub import origin
-from .merging import F16_MAX
+from .merge.rounding import F16_MAX
+from .merge.shards import STATE
 from .ollama.modelfile import Modelfile
 from .ollama.modelfile import make as make_modelfile
 from .ollama.parameters import context, sampling
@@ -65,11 +66,13 @@ def make_merged(run, progress: Progress, cancel, sources: Sources | None = None)
         return folder
     facts = model_info.model_facts(str(base))
     require_adapter(adapter, name)
-    require_disk(run.path, 2.0 * facts.parameters, "The merged model")
-    require_memory(facts.parameters, facts.quantized, base)
-    files.clean(folder.parent)
+    require_memory(base, adapter, facts)
     part = folder.with_name("merged.part")
-    part.mkdir()
+    resumed = bounded.read_dict(part / STATE).get("source") == sources.key  # of a merge that was killed
+    files.clean(folder.parent, keep=part if resumed else None)
+    have = sum(p.stat().st_size for p in part.glob("*.safetensors"))
+    require_disk(run.path, 2.0 * facts.parameters - have, "The merged model")
+    part.mkdir(exist_ok=True)
 
     def loading(line: str) -> None:
         if found := re.search(r"Loading weights:\s+(\d+)%", line):
@@ -91,8 +94,13 @@ def make_merged(run, progress: Progress, cancel, sources: Sources | None = None)
         check_cancel(cancel)
         files.seal(part, progress=named("Verifying the merged model", part_of(progress, 0.98, 1.0)), cancel=cancel)
         files.move_into_place(part, folder)
-    finally:
+    except child.ChildFailed:  # killed, most likely: what it has finished is used by the next merge
+        for half in part.glob("*.part"):
+            half.unlink(missing_ok=True)
+        raise
+    except BaseException:
         shutil.rmtree(part, ignore_errors=True)
+        raise
     progress(1.0, "Merged.")
     return folder
 

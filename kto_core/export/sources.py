@@ -17,7 +17,7 @@ from kto_core.models import facts as model_info
 from .merging import FACTS
 
 MANIFEST = "manifest.json"  # in exports/gguf: file name -> what it was made of
-FORMAT = 1  # changes when the same inputs would give other files
+FORMAT = 2  # changes when the same inputs would give other files
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def test_progress_goes_up_to_one(exported):
     fractions = [f for f, _ in exported.said if f is not None]
     assert fractions[-1] == 1.0 and all(a <= b + 1e-9 for a, b in zip(fractions, fractions[1:], strict=False))
     words = " ".join(text for _, text in exported.said)
-    for part in ("Loading the base model", "Merging: layer", "Converting to GGUF", "Quantizing to q4_k_m"):
+    for part in ("Reading the base model", "Merging: layer", "Converting to GGUF", "Quantizing to q4_k_m"):
         assert part in words
 
 

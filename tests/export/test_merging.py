@@ -8,6 +8,7 @@ import pytest
 
 from kto_core.errors import ExportError
 from kto_core.export import merging
+from kto_core.export.merge import rounding
 from tests.support.exporting import make_run
 
 
@@ -65,9 +66,9 @@ def test_stochastic_rounding_is_right_on_average_and_leaves_the_grid_alone(kind)
 
     dtype, generator = getattr(torch, kind), torch.Generator().manual_seed(0)
     grid = torch.cat([torch.randn(5000), torch.randn(5000) * 1e-6, torch.zeros(10)]).to(dtype)
-    assert torch.equal(merging.round_to(grid.float(), dtype, generator), grid)
+    assert torch.equal(rounding.round_to(grid.float(), dtype, generator), grid)
     values = torch.tensor([0.1, -0.017, 3.3e-6, -1e-3, 100.07]).repeat_interleave(40_000)
-    rounded = merging.round_to(values, dtype, generator).float()
+    rounded = rounding.round_to(values, dtype, generator).float()
     step = (values.to(dtype).float() - values).abs().amax() + values.abs() * 2.0**-7
     assert bool(((rounded - values).abs() <= step).all())
     mean = rounded.view(5, -1).mean(1)

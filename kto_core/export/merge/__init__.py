@@ -1,0 +1,1 @@
+"""Merging: which tensors, tensor by tensor or the model whole, and how sums are rounded."""
