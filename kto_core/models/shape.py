@@ -204,6 +204,17 @@ def _known(arch, hidden, intermediate, layers, heads, kv_heads, vocabulary, tied
                  head_dim or hidden // heads, experts, busy, source="published sizes")  # fmt: skip
 
 
+def _gated_delta(hidden, intermediate, layers, heads, values):
+    """Qwen3.5 and later: three layers of Gated DeltaNet, ``values`` heads wide, for each that attends."""
+    sizes = {
+        "hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers, "vocab_size": 248320,
+        "num_attention_heads": heads, "num_key_value_heads": 4, "head_dim": 256, "full_attention_interval": 4,
+        "linear_num_key_heads": 16, "linear_num_value_heads": values, "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128, "max_position_embeddings": 262144, "tie_word_embeddings": False,
+    }  # fmt: skip
+    return from_config({"model_type": "qwen3_5_text", **sizes}, "", source="published sizes")
+
+
 # From the published config.json files. The presets and their alternatives are all here, so that a plan can be made
 # before anything was downloaded.
 KNOWN = {
@@ -217,6 +228,8 @@ KNOWN = {
     "qwen3-8b": _known("qwen3", 4096, 12288, 36, 32, 8, 151936, False, 40960, 128),
     "qwen3-14b": _known("qwen3", 5120, 17408, 40, 40, 8, 151936, False, 40960, 128),
     "qwen3-32b": _known("qwen3", 5120, 25600, 64, 64, 8, 151936, False, 40960, 128),
+    "qwen3.5-9b": _gated_delta(4096, 12288, 32, 16, 32),
+    "qwen3.8-27b": _gated_delta(5120, 17408, 64, 24, 48),
     "smollm3-3b": _known("smollm3", 2048, 11008, 36, 16, 4, 128256, True, 65536),
     "gemma-3-4b": _known("gemma3_text", 2560, 10240, 34, 8, 4, 262208, True, 131072, 256),
     "gemma-3-12b": _known("gemma3_text", 3840, 15360, 48, 16, 8, 262208, True, 131072, 256),
@@ -245,6 +258,8 @@ ALIASES = {
     "mistral-nemo": "mistral-nemo-12b",
     "mistral-small-3.2-24b": "mistral-small-24b",
     "qwen3-coder-30b-a3b": "qwen3-30b-a3b",
+    "qwen3.5-27b": "qwen3.8-27b",
+    "qwen3.6-27b": "qwen3.8-27b",
 }
 SUFFIX = re.compile(r"(-unsloth|-bnb-4bit|-instruct|-chat|-hf|-it|-bf16|-v0\.\d|-\d{4})+$")
 SIZE = re.compile(r"(?<![\d.])(\d+(?:\.\d+)?)b(?![a-z])")
@@ -268,7 +283,7 @@ def find(name: str) -> Shape | None:
 
 def estimate(parameters: float) -> Shape:
     """The known dense Shape nearest in size, its layers scaled so that the parameters agree."""
-    dense = [s for s in KNOWN.values() if not s.experts]
+    dense = [s for s in KNOWN.values() if not s.experts and s.recurrent is None]
     near = min(dense, key=lambda s: abs(s.parameters / parameters - 1))
     layers = max(1, round((parameters - near.vocabulary * near.hidden) / (near.linear_parameters / near.layers)))
     text = f"estimated for {parameters / 1e9:g} billion parameters"

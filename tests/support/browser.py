@@ -177,3 +177,16 @@ def until(condition, seconds: float = 60.0):
             return value
         time.sleep(0.05)
     raise AssertionError(f"nothing happened within {seconds} s")
+
+
+def texts_of(page, selector: str) -> Callable[[], list[str]]:
+    """Gives the texts that an element has shown from now on, also those that it shows for a moment only."""
+    page.evaluate(
+        """selector => {
+            window.watched = [];
+            new MutationObserver(() => window.watched.push(document.querySelector(selector).innerText))
+                .observe(document.body, {subtree: true, childList: true, characterData: true});
+        }""",
+        selector,
+    )
+    return lambda: page.evaluate("window.watched")
