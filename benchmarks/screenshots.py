@@ -1,8 +1,8 @@
 """Pictures of every tab for the README, written to docs/screenshots/TAB-THEME-WIDTH.png.
 
 Nothing is staged: the app runs in folders of its own, trains the demo preset on the example data for ``--steps`` steps,
-answers a question with the result, and is then photographed in each width and theme. Needs Debian's chromium; about
-five minutes on two CPU cores.
+with two betas, answers a question with the second result, and is then photographed in each width and theme. Needs
+Debian's chromium; about eight minutes on two CPU cores.
 """
 
 from __future__ import annotations
@@ -17,19 +17,24 @@ sys.path.insert(0, str(ROOT))
 
 from tests.support import browser  # noqa: E402
 
-TABS = ("Data", "Train", "Chat", "Export")
+TABS = ("Data", "Train", "Runs", "Chat", "Export")
 HEIGHT = 1000
 QUESTION = "What colour is the sky on a clear day?"
 LONG = 15 * 60_000  # milliseconds
 
 
-def train(page, steps: int) -> None:
+def train(page, steps: int, beta: float) -> None:
     """Train the chosen data with the demo preset, to the end."""
     browser.tab(page, "Train")
     page.locator("#train-preset").get_by_text("demo", exact=True).click()
-    page.locator("#set-max_steps input").fill(str(steps))
+    values = {"max_steps": str(steps), "beta": str(beta), "run_name": f"Short answers, beta {beta:g}"}
+    for name, value in values.items():
+        field = page.locator(f"#set-{name} input, #set-{name} textarea").first
+        field.fill(value)
+        field.press("Tab")
     page.locator("#train-changed").get_by_text(str(steps)).wait_for()
     page.locator("#train-start").click()
+    page.locator(".run-head", has_text=values["run_name"]).wait_for()
     page.locator(".run-head[data-state=finished]").wait_for(timeout=LONG)
 
 
@@ -60,10 +65,15 @@ def settle(page, name: str) -> None:
     shown = {
         "Data": "#data-row-view .seen",
         "Train": "#plot-kl .curve-line",
+        "Runs": "#runs-table input[type=checkbox]",
         "Chat": "#chat-b .bot.message",
         "Export": "#export-facts table, #export-facts .note",
     }[name]
     page.locator(shown).first.wait_for(timeout=LONG)
+    if name == "Runs":
+        for box in page.get_by_role("checkbox", name="Compare").all():
+            box.check()
+        page.locator("#runs-beside .curve-line").first.wait_for()
     page.wait_for_timeout(1500)  # a tick of the page, and its plots drawn
 
 
@@ -105,7 +115,8 @@ def main(argv: list[str] | None = None) -> int:
         page = context.new_page()
         page.goto(url)
         page.locator("#data-table tr[data-index]").first.wait_for()
-        train(page, args.steps)
+        train(page, args.steps, 0.1)
+        train(page, args.steps, 0.5)
         chat(page)
         kept = context.storage_state()
         context.close()
