@@ -19,6 +19,7 @@ from kto_core.runs.events import TERMINAL
 from kto_studio.shared import curves, data_sources, live
 from kto_studio.shared.context import DIRECT, QUICK, Context, Event, quiet
 from kto_studio.shared.marks import mark
+from kto_studio.shared.saving import save_as
 from kto_studio.train import from_config
 
 from . import beside
@@ -30,14 +31,7 @@ PRESS = """element.addEventListener('click', event => {
   const button = event.target.closest('button[data-do]');
   if (button) trigger('select', {index: [button.dataset.do, button.dataset.run], value: null});
 });"""
-SAVE = """text => {
-  if (!text) return;
-  const link = document.createElement('a');
-  link.href = URL.createObjectURL(new Blob([text], {type: 'text/csv'}));
-  link.download = 'runs.csv';
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 10000);
-}"""
+SAVE = save_as("runs.csv", "text/csv")
 LAST: Event = {**DIRECT, "trigger_mode": "always_last"}  # typing: the newest value wins
 
 

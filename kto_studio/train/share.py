@@ -12,18 +12,12 @@ import gradio as gr
 from kto_core.config import sharing
 from kto_studio.shared import data_sources
 from kto_studio.shared.context import QUICK, Context
+from kto_studio.shared.saving import save_as
 
 from . import form as train_form
 from . import from_config
 
-SAVE = """text => {
-  if (!text) return;
-  const link = document.createElement('a');
-  link.href = URL.createObjectURL(new Blob([text], {type: 'application/yaml'}));
-  link.download = 'kto-settings.yaml';
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 10000);
-}"""
+SAVE = save_as("kto-settings.yaml", "application/yaml")
 COPY = "text => { if (text) navigator.clipboard?.writeText(text).catch(() => {}); }"  # else it is there to be marked
 
 
