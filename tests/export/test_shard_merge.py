@@ -152,6 +152,20 @@ def test_more_than_two_matrices_a_layer_need_the_loaded_model(extra, tmp_path, t
     assert merge(tiny_model, tmp_path / "adapter", tmp_path / "part")["layers"]
 
 
+def killed_in_the_third(made: list[str]):
+    """In place of `tensor_files.write`: names of the files that it wrote go to ``made``; the third stays half done."""
+    write = tensor_files.write
+
+    def killed(path, entries, tensor):
+        if len(made) == 2:
+            path.with_name(path.name + ".part").write_bytes(b"half")
+            raise KeyboardInterrupt
+        made.append(path.name)
+        return write(path, entries, tensor)
+
+    return killed
+
+
 def test_what_a_killed_merge_finished_is_used_and_nothing_else(tmp_path, tiny_model, monkeypatch):
     import torch
 
@@ -160,13 +174,7 @@ def test_what_a_killed_merge_finished_is_used_and_nothing_else(tmp_path, tiny_mo
     monkeypatch.setattr(shards, "SHARD", 50_000)
     merge(base, adapter, tmp_path / "once", "key")
     write, made = tensor_files.write, []
-
-    def killed(path, entries, tensor):
-        if len(made) == 2:
-            path.with_name(path.name + ".part").write_bytes(b"half")
-            raise KeyboardInterrupt
-        made.append(path.name)
-        return write(path, entries, tensor)
+    killed = killed_in_the_third(made)
 
     part = tmp_path / "part"
     monkeypatch.setattr(tensor_files, "write", killed)
@@ -262,13 +270,7 @@ def test_an_export_keeps_what_a_killed_child_finished(run, monkeypatch):
     """And nothing of another adapter; a cancelled one leaves nothing."""
     exports = run.path / "exports"
     write, made, there = tensor_files.write, [], []
-
-    def killed(path, entries, tensor):
-        if len(made) == 2:
-            path.with_name(path.name + ".part").write_bytes(b"half")
-            raise KeyboardInterrupt
-        made.append(path.name)
-        return write(path, entries, tensor)
+    killed = killed_in_the_third(made)
 
     def in_process(module, function, arguments, **_):
         there[:] = sorted(p.name for p in Path(arguments["part"]).iterdir())
